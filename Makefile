@@ -1,0 +1,38 @@
+# The commands of this project. Everything runs in .venv, which the first of them creates.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart lint unit test test-long clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m nemo_ray.train configs/quickstart.yaml overwrite=true
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports --no-cache
+
+unit: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not e2e and not long and not gpu"
+
+test: lint
+	$(BIN)/python -m pytest -m "not long and not gpu"
+
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "long and not gpu"
+
+clean:
+	rm -rf $(VENV) outputs

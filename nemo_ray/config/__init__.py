@@ -1,0 +1,1 @@
+"""The configuration: what keys mean (schema), what fits together (checks), how it is read (load)."""

@@ -1,0 +1,117 @@
+"""axolotl's keys that are not keys here: what happens instead, in one line each, or why they are refused.
+
+A key is noticed where it only touches speed, memory or reporting, and refused where leaving it out would
+change what is learned or what is written. Keys that do run here are in schema.py; a key in neither place is
+unknown.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Keys of axolotl that share one answer."""
+
+    keys: tuple[str, ...]
+    line: str
+    refused: bool = False
+    as_is: tuple[Any, ...] = (False,)  # values that ask for what happens anyway: they get no line
+
+    def asks_for_nothing(self, value: Any) -> bool:
+        return value in ([], {}, "") or any(
+            type(value) is type(item) and value == item for item in self.as_is
+        )
+
+
+def notice(keys: str, line: str, as_is: tuple[Any, ...] = (False,)) -> Foreign:
+    return Foreign(tuple(keys.split()), line, as_is=as_is)
+
+
+def refuse(keys: str, line: str, as_is: tuple[Any, ...] = (False,)) -> Foreign:
+    return Foreign(tuple(keys.split()), line, refused=True, as_is=as_is)
+
+
+# One spelling inside: old or axolotl's own name -> the key that it sets here (dots go into sections).
+RENAMED: dict[str, str] = {
+    "adam_eps": "adam_epsilon",
+    "bfloat16": "bf16",
+    "chat_template_jinja": "chat_template",
+    "evaluation_strategy": "eval_strategy",
+    "max_packed_sequence_len": "sequence_len",
+    "ray_num_workers": "ray.num_workers",
+    "resources_per_worker": "ray.resources_per_worker",
+    "sequence_parallel_degree": "context_parallel_size",
+}
+RENAMED_IN_DATASETS: dict[str, str] = {
+    "message_field_content": "message_property_mappings.content",
+    "message_field_role": "message_property_mappings.role",
+}
+
+# What `optimizer` may say; all of it runs as AdamW with float32 states.
+ADAMW_NAMES: tuple[str, ...] = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_hf", "adamw_8bit"),
+    *(
+        "adamw_bnb_8bit",
+        "adamw_apex_fused",
+        "adamw_anyprecision",
+        "ao_adamw_4bit",
+        "ao_adamw_8bit",
+        "ao_adamw_fp8",
+    ),
+    *("paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit", "flash_adamw", "optimi_adamw"),
+)
+
+KNOWN_PLUGINS: dict[str, str] = {
+    "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin": "the loss is already computed in chunks, "
+    "without a matrix of all logits",
+    "axolotl.integrations.liger.LigerPlugin": "the patched modules of this package run instead of liger's "
+    "kernels",
+    "axolotl.integrations.kernels.KernelsPlugin": "the experts run as grouped matrix products of this "
+    "package",
+}
+
+FOREIGN_IN_DATASETS: tuple[Foreign, ...] = (
+    notice("trust_remote_code", "never needed: no code of a dataset is run"),
+    refuse("revision", "hub datasets are not downloaded in this version; download that revision"),
+    refuse(
+        "roles_to_train", "only the assistant's turns are targets; remove the key", (["assistant"], ["gpt"])
+    ),
+    notice(
+        "train_on_eos train_on_eot",
+        "the chat template's generation marks say which end tokens are targets",
+        ("turn",),
+    ),
+    refuse("field_tools", "the tools of a row are read from its field tools; rename the field", ("tools",)),
+    refuse(
+        "field_thinking",
+        "name the field in message_property_mappings as reasoning_content instead",
+        ("reasoning_content", "thinking"),
+    ),
+    refuse(
+        "roles",
+        "human is read as user and gpt as assistant, other names are not translated; rename them in the rows",
+        (
+            {"user": ["human", "user"], "assistant": ["gpt", "assistant"]},
+            {"user": ["human", "user"], "assistant": ["gpt", "assistant"], "system": ["system"]},
+            {"user": ["user"], "assistant": ["assistant"]},
+            {"user": ["human"], "assistant": ["gpt"]},
+        ),
+    ),
+    refuse(
+        "drop_system_message split_thinking template_thinking_key "
+        "field_system message_field_training message_field_training_detail chat_template "
+        "chat_template_jinja field_human field_model field_instruction field_input field_output format "
+        "no_input_format system_prompt system_format input_format input_transform conversation "
+        "step_separator max_completion_length train_on_last_step_only logprobs_field temperature shards "
+        "shards_idx preprocess_shards skip weight",
+        "not supported yet; write the rows in the form that the dataset's other keys describe, or choose "
+        "them by split",
+        (False, "tokenizer_default"),
+    ),
+)
+
+
+def lookup(table: tuple[Foreign, ...]) -> dict[str, Foreign]:
+    """Key -> its entry."""
+    return {key: entry for entry in table for key in entry.keys}

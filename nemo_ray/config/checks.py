@@ -1,0 +1,263 @@
+"""Rules between keys, what this version cannot do yet, and the paths that a configuration names.
+
+Each function returns one line per problem, with key, value, rule and remedy; it raises nothing.
+"""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator
+
+from nemo_ray.config.schema import Config, DatasetSpec
+from nemo_ray.config.translate import show
+
+_SPLIT = re.compile(r"[A-Za-z_][\w.-]*(\[(-?\d+%?)?:(-?\d+%?)?\])?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TOKENS = ("pad_token", "eos_token", "bos_token", "unk_token")
+_TARGET_KEYS = ("lora_target_modules", "lora_target_linear", "lora_target_parameters")
+
+
+def rule_errors(config: Config, adapter_named: bool) -> list[str]:
+    """What contradicts itself, whatever the version.
+
+    adapter_named: the YAML has the key `adapter`, even without a value.
+    """
+    return [
+        *_adapter_rules(config, adapter_named),
+        *_schedule_rules(config),
+        *_data_rules(config),
+        *_cluster_rules(config),
+    ]
+
+
+def _lora_keys_given(config: Config) -> list[str]:
+    return [name for name in type(config).model_fields if name.startswith("lora_") and _given(config, name)]
+
+
+def _given(config: Config, name: str) -> bool:
+    return name in config.model_fields_set and getattr(config, name) not in ((), False, None)
+
+
+def _adapter_rules(config: Config, adapter_named: bool) -> Iterator[str]:
+    if config.adapter is None:
+        given = _lora_keys_given(config)
+        if given and not adapter_named:
+            yield (
+                f"adapter: missing, but {', '.join(given)} is given; add `adapter: lora`, or `adapter: "
+                "none` to train every weight"
+            )
+        if config.load_in_4bit:
+            yield (
+                "load_in_4bit: true needs `adapter: qlora`, since 4-bit weights cannot be trained; "
+                "set one of the two"
+            )
+    elif not any(getattr(config, name) for name in _TARGET_KEYS):
+        yield (
+            f"adapter: {config.adapter} has nothing to train; name targets in {', '.join(_TARGET_KEYS)}, "
+            "such as `lora_target_modules: [q_proj, k_proj, v_proj, o_proj]`"
+        )
+    if config.adapter == "qlora" and not config.load_in_4bit:
+        yield "adapter: qlora needs `load_in_4bit: true`; set it, or use `adapter: lora`"
+    if config.adapter == "lora" and config.load_in_4bit:
+        yield "load_in_4bit: true needs `adapter: qlora`; set it, or remove load_in_4bit"
+    if config.quantize_moe_experts and not config.load_in_4bit:
+        yield "quantize_moe_experts: true needs `load_in_4bit: true`; set it, or remove quantize_moe_experts"
+    if config.adapter and config.lora_dropout and config.lora_target_parameters:
+        yield (
+            f"lora_dropout: {config.lora_dropout} cannot go with lora_target_parameters, since a "
+            "parameter's LoRA is added to the weight, where there is no input to drop; set lora_dropout: 0"
+        )
+
+
+def _schedule_rules(config: Config) -> Iterator[str]:
+    for first, second in (("evals_per_epoch", "eval_steps"), ("saves_per_epoch", "save_steps")):
+        if getattr(config, first) is not None and getattr(config, second) is not None:
+            yield (
+                f"{first}: {getattr(config, first)} and {second}: {getattr(config, second)} both say how "
+                f"often; keep one (`{first}=` on the command line removes it)"
+            )
+    if config.warmup_steps is not None and config.warmup_ratio:
+        yield (
+            f"warmup_steps: {config.warmup_steps} and warmup_ratio: {config.warmup_ratio} both say how "
+            "long; keep one"
+        )
+    if config.lr_scheduler == "constant" and (config.warmup_steps or config.warmup_ratio):
+        yield "lr_scheduler: constant has no warmup; use constant_with_warmup, or remove the warmup"
+
+
+def _data_rules(config: Config) -> Iterator[str]:
+    if config.val_set_size and config.test_datasets:
+        yield (
+            f"val_set_size: {config.val_set_size} and test_datasets both say what is held out; keep one "
+            "(val_set_size: 0)"
+        )
+    if config.chat_template != "tokenizer_default" and not config.chat_template.endswith(
+        (".jinja", ".jinja2")
+    ):
+        yield (
+            f"chat_template: {show(config.chat_template)} is not a file; give tokenizer_default, or the "
+            "path of a .jinja file (named and inline templates are not built in)"
+        )
+    for token in config.special_tokens:
+        if token not in _TOKENS:
+            yield f"special_tokens.{token}: cannot be set here; only {', '.join(_TOKENS)} can"
+    for key, spec in _specs(config):
+        if spec.split is not None and not _SPLIT.fullmatch(spec.split.replace(" ", "")):
+            yield (
+                f"{key}.split: {show(spec.split)} is not a slice; write train, train[:20%] or train[100:200]"
+            )
+
+
+def _cluster_rules(config: Config) -> Iterator[str]:
+    sizes = {"dp_shard_size": config.dp_shard_size, "dp_replicate_size": config.dp_replicate_size}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    workers = config.ray.num_workers
+    if workers is not None and given:
+        product = 1
+        for size in given.values():
+            product *= size
+        terms = " x ".join(f"{name}: {size}" for name, size in given.items())
+        if len(given) == 2 and product != workers:
+            yield f"{terms} = {product} is not ray.num_workers: {workers}; make them equal"
+        elif workers % product:
+            yield f"{terms} does not divide ray.num_workers: {workers}; choose a divisor"
+    wants_gpu = config.ray.accelerator_type or config.ray.resources_per_worker.get("GPU")
+    if config.ray.use_gpu is False and wants_gpu:
+        yield (
+            "ray.use_gpu: false contradicts ray.accelerator_type or a GPU in "
+            "ray.resources_per_worker; keep one"
+        )
+
+
+def rule_notices(config: Config) -> list[str]:
+    """Keys that fit together, but do nothing in this combination."""
+    notices = []
+    lora_keys = _lora_keys_given(config)
+    if config.adapter is None and lora_keys:
+        notices.append(f"{', '.join(lora_keys)}: not used, since adapter is none: every weight is trained")
+    rhythm = [name for name in ("evals_per_epoch", "eval_steps") if _given(config, name)]
+    if rhythm and not config.val_set_size and not config.test_datasets:
+        notices.append(f"{rhythm[0]}: not used, since val_set_size and test_datasets hold out no rows")
+    return notices
+
+
+def support_errors(config: Config) -> list[str]:
+    """What the schema knows and this version cannot do yet."""
+    return list(_unsupported(config))
+
+
+def _unsupported(config: Config) -> Iterator[str]:
+    later = "is not supported yet in this version"
+    if config.adapter == "qlora":
+        yield f"adapter: qlora {later}; use `adapter: lora` and remove load_in_4bit and quantize_moe_experts"
+    if config.load_in_4bit:
+        yield f"load_in_4bit: true {later}; remove it"
+    if config.quantize_moe_experts:
+        yield f"quantize_moe_experts: true {later}; remove it"
+    if config.adapter and config.lora_modules_to_save:
+        yield (
+            f"lora_modules_to_save: {show(list(config.lora_modules_to_save))} {later}; remove it "
+            "(lora_target_modules and lora_target_parameters are trained)"
+        )
+    if config.adapter and config.lora_model_dir:
+        yield (
+            f"lora_model_dir: {show(config.lora_model_dir)} {later}; remove it (an interrupted run goes on "
+            "with `resume_from_checkpoint: auto`)"
+        )
+    if config.bf16 is True and config.adapter is None:
+        yield (
+            f"bf16: true for a full fine-tune {later}; use `bf16: auto`, which trains every weight in float32"
+        )
+    for key, value in _paths(config):
+        if "://" in value:
+            yield f"{key}: {show(value)} {later}, since it is a URL; give a path that every node sees"
+    for key, spec in _specs(config):
+        if spec.name is not None:
+            yield f"{key}.name: {show(spec.name)} {later}, since hub datasets are not downloaded; remove it"
+
+
+def _specs(config: Config) -> Iterator[tuple[str, DatasetSpec]]:
+    for name, specs in (("datasets", config.datasets), ("test_datasets", config.test_datasets)):
+        for index, spec in enumerate(specs):
+            yield f"{name}.{index}", spec
+
+
+def _paths(config: Config) -> Iterator[tuple[str, str]]:
+    yield "base_model", config.base_model
+    yield "output_dir", config.output_dir
+    optional = {
+        "dataset_prepared_path": config.dataset_prepared_path,
+        "resume_from_checkpoint": config.resume_from_checkpoint,
+        "ray.storage_path": config.ray.storage_path,
+    }
+    for key, value in optional.items():
+        if value is not None:
+            yield key, value
+    for key, spec in _specs(config):
+        yield f"{key}.path", spec.path
+        for file in spec.data_files:
+            yield f"{key}.data_files", file
+
+
+def path_errors(config: Config) -> list[str]:
+    """Files and folders that are named and not there (relative ones, from where this process runs)."""
+    errors = _base_model_errors(config.base_model)
+    for key, spec in _specs(config):
+        errors += _dataset_errors(key, spec)
+    if config.chat_template != "tokenizer_default" and not os.path.isfile(config.chat_template):
+        errors.append(
+            f"chat_template: {show(config.chat_template)} is not a file; give the path of a .jinja file"
+        )
+    return errors
+
+
+def _base_model_errors(path: str) -> list[str]:
+    if not os.path.isdir(path):
+        if os.path.exists(path):
+            return [
+                f"base_model: {show(path)} is a file; give the folder that holds config.json and the weights"
+            ]
+        if _HUB_ID.fullmatch(path):
+            return [
+                f"base_model: {show(path)} is no folder here, and hub models are not downloaded in this "
+                f"version; download it (`hf download {path} --local-dir FOLDER`) and give the folder"
+            ]
+        return [f"base_model: {show(path)} does not exist; give the folder of the base model"]
+    file = os.path.join(path, "config.json")
+    try:
+        with open(file, encoding="utf-8") as stream:
+            shape = json.load(stream)
+    except FileNotFoundError:
+        return [f"base_model: {show(path)} holds no config.json; give the folder of a Nemotron-H model"]
+    except (OSError, ValueError) as error:
+        return [f"base_model: {show(file)} cannot be read as JSON ({show(str(error))}); download it again"]
+    kind = shape["model_type"] if isinstance(shape, dict) and "model_type" in shape else None
+    if kind != "nemotron_h":
+        return [
+            f"base_model: {show(path)} has model_type {show(kind)}; only nemotron_h models are trained here, "
+            "give the folder of one"
+        ]
+    return []
+
+
+def _dataset_errors(key: str, spec: DatasetSpec) -> list[str]:
+    if not os.path.exists(spec.path):
+        if _HUB_ID.fullmatch(spec.path):
+            return [
+                f"{key}.path: {show(spec.path)} is no file or folder here, and hub datasets are not "
+                f"downloaded in this version; download it (`hf download {spec.path} --repo-type dataset "
+                "--local-dir FOLDER`) and give the file or folder"
+            ]
+        return [f"{key}.path: {show(spec.path)} does not exist; give a file, or a folder of files"]
+    if not spec.data_files:
+        return []
+    if not os.path.isdir(spec.path):
+        return [
+            f"{key}.data_files: needs a folder in path, and {show(spec.path)} is a file; remove data_files"
+        ]
+    return [
+        f"{key}.data_files: {show(name)} is not in {show(spec.path)}; name files of that folder"
+        for name in spec.data_files
+        if not glob.glob(os.path.join(spec.path, name))
+    ]

@@ -1,0 +1,70 @@
+"""The kinds of value that keys take, each with its words, for the reference and for error messages."""
+
+import os
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Strict
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Carried in `Annotated[...]`: the values a type allows, in words."""
+
+    text: str
+
+
+def _as_list(value: Any) -> Any:
+    """A single text where a list is expected is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _rows_or_fraction(value: float) -> float:
+    if value < 0 or (value >= 1 and value != int(value)):
+        raise ValueError("out of range")
+    return int(value) if value >= 1 else value
+
+
+Bool = Annotated[bool, Strict(), Kind("true or false")]
+Text = Annotated[str, Field(min_length=1), Kind("text")]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser), Kind("a path")]
+TextList = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Kind("a list of text")]
+PathList = Annotated[tuple[PathText, ...], BeforeValidator(_as_list), Kind("a list of paths")]
+PositiveInt = Annotated[int, Strict(), Field(gt=0), Kind("a whole number above 0")]
+NonNegativeInt = Annotated[int, Strict(), Field(ge=0), Kind("a whole number, 0 or more")]
+FailureCount = Annotated[int, Strict(), Field(ge=-1), Kind("a whole number, 0 or more, or -1 for no limit")]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32), Kind("a whole number from 0 to 4294967295")]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), Kind("a number above 0")]
+NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False), Kind("a number, 0 or more")]
+Fraction = Annotated[float, Strict(), Field(ge=0, lt=1), Kind("a number from 0 to below 1")]
+Ratio = Annotated[float, Strict(), Field(ge=0, le=1), Kind("a number from 0 to 1")]
+Number = Annotated[int, Strict()] | Annotated[float, Strict(), Field(allow_inf_nan=False)]
+HeldOut = Annotated[
+    Number, AfterValidator(_rows_or_fraction), Kind("a fraction below 1, or a whole number of rows")
+]
+Resources = Annotated[dict[Text, NonNegative], Kind("a map from resource name to a number, 0 or more")]
+Mapping = Annotated[dict[Text, Text], Kind("a map from text to text")]
+
+
+def describe(hint: Any) -> str:
+    """The values that a type hint of the schema allows, in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        texts = [item.text for item in args[1:] if isinstance(item, Kind)]
+        return texts[0] if texts else describe(args[0])
+    if origin is Literal:
+        return _either([str(value) for value in args])
+    assert origin in (Union, UnionType), f"no words for {hint!r}"
+    return _either([describe(item) for item in args if item is not NoneType])
+
+
+def _either(words: list[str]) -> str:
+    flat = [word for text in words for word in text.split(" or ")] if len(words) > 1 else words
+    return " or ".join([", ".join(flat[:-1]), flat[-1]]) if len(flat) > 1 else flat[0]
+
+
+def kinds_of(section: type[BaseModel]) -> dict[str, str]:
+    """Key -> the values it takes, for every key of a section."""
+    hints = get_type_hints(section, include_extras=True)
+    return {name: describe(hints[name]) for name in section.model_fields}

@@ -1,0 +1,309 @@
+"""What the keys are: types, defaults and what each one does here.
+
+Owns the shape of a resolved configuration. Reading files is load.py's, rules between keys are checks.py's,
+axolotl keys that mean nothing here are axolotl.py's.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nemo_ray.config.kinds import (
+    Bool,
+    FailureCount,
+    Fraction,
+    HeldOut,
+    Kind,
+    Mapping,
+    NonNegative,
+    NonNegativeInt,
+    PathList,
+    PathText,
+    Positive,
+    PositiveInt,
+    Ratio,
+    Resources,
+    Seed,
+    Text,
+    TextList,
+)
+
+SectionT = TypeVar("SectionT", bound="Section")
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSection(Section):
+    """Which base model, and in what precision and memory layout it is held."""
+
+    base_model: PathText = Field(description="Folder of the base model: config.json, weights and tokenizer.")
+    reinit_weights: Bool = Field(
+        False, description="Take the shape from config.json and random weights; for benchmarks and dry runs."
+    )
+    load_in_4bit: Bool = Field(
+        False, description="Hold the frozen base in 4 bits (NF4); goes with `adapter: qlora`."
+    )
+    quantize_moe_experts: Bool = Field(
+        False, description="Hold the routed experts in 4 bits too; goes with `load_in_4bit`."
+    )
+    bf16: Bool | Literal["auto"] = Field(
+        "auto",
+        description="Precision of a frozen base: `auto` is bfloat16 on a GPU and float32 on a CPU; "
+        "`true` is bfloat16, `false` float32. What is trained (adapters, or every weight of a full "
+        "fine-tune) is kept in float32.",
+    )
+    tf32: Bool = Field(False, description="Let float32 matrix products use TF32 on a GPU.")
+    gradient_checkpointing: Bool = Field(
+        False, description="Recompute activations block by block in the backward pass (non-reentrant)."
+    )
+
+
+class AdapterSection(Section):
+    """What is trained: a LoRA on named targets, or every weight."""
+
+    adapter: Annotated[Literal["lora", "qlora"] | None, Kind("lora, qlora or none")] = Field(
+        None, description="`lora`, `qlora`, or `none` for a full fine-tune (every weight is trained)."
+    )
+    lora_r: PositiveInt = Field(16, description="Rank of the LoRA factors.")
+    lora_alpha: Positive = Field(
+        default_factory=lambda values: 2.0 * values["lora_r"],
+        description="The LoRA's output is scaled by lora_alpha / lora_r.",
+        json_schema_extra={"default_text": "2 x lora_r"},
+    )
+    lora_dropout: Fraction = Field(
+        0.0, description="Dropout before the LoRA of a linear layer; must be 0 with `lora_target_parameters`."
+    )
+    lora_target_modules: TextList = Field(
+        (),
+        description="Linear layers that get a LoRA, as in PEFT by name, path or regular expression: q_proj, "
+        "k_proj, v_proj, o_proj, in_proj, out_proj, up_proj, down_proj (shared experts and dense MLPs).",
+    )
+    lora_target_linear: Bool = Field(
+        False, description="A LoRA on every linear layer but the router and the head."
+    )
+    lora_target_parameters: TextList = Field(
+        (), description="3-D expert parameters that get a LoRA for each expert: up_proj, down_proj."
+    )
+    lora_modules_to_save: TextList = Field((), description="Modules trained whole beside the LoRA.")
+    lora_model_dir: PathText | None = Field(None, description="Adapter to continue from.")
+    peft_use_rslora: Bool = Field(
+        False, description="The LoRA's output is scaled by lora_alpha / sqrt(lora_r) instead."
+    )
+
+
+class DatasetSpec(Section):
+    """One source of rows."""
+
+    path: PathText = Field(description="A file, or a folder of files: JSON lines, a JSON array, or Parquet.")
+    name: Text | None = Field(None, description="Configuration of a hub dataset.")
+    type: Literal["chat_template", "completion"] = Field(
+        "chat_template",
+        description="`chat_template`: rows hold a conversation, rendered by the chat template; assistant "
+        "tokens are the targets. `completion`: rows hold plain text, every token is a target.",
+    )
+    split: Text | None = Field(
+        None, description="Rows to take, as a slice: `train[:20%]`, `train[100:200]`; without one, all rows."
+    )
+    data_files: PathList = Field((), description="Files to take from the folder `path`.")
+    ds_type: Literal["json", "parquet"] | None = Field(
+        None, description="File format; without it, from the suffix (.jsonl, .json, .parquet)."
+    )
+    field_messages: Text = Field("messages", description="Field of a row that holds the conversation.")
+    message_property_mappings: Mapping = Field(
+        {"role": "role", "content": "content"},
+        description="Name in the chat template: field of a message. Fields that are not named keep theirs.",
+    )
+    field: Text = Field("text", description="Field of a `completion` row that holds the text.")
+
+
+class DataSection(Section):
+    """Which rows, how they become tokens, and how tokens become packs."""
+
+    datasets: Annotated[
+        tuple[DatasetSpec, ...], Field(min_length=1), Kind("a list of datasets, each with a path")
+    ] = Field(description="What is trained on; the keys of an entry are in the next table.")
+    test_datasets: Annotated[tuple[DatasetSpec, ...], Kind("a list of datasets, each with a path")] = Field(
+        (), description="What is evaluated on, in the same form; instead of `val_set_size`."
+    )
+    val_set_size: HeldOut = Field(
+        0,
+        description="Held-out rows: a fraction below 1, or a number of rows. Chosen by row number, "
+        "whatever the seed.",
+    )
+    dataset_prepared_path: PathText | None = Field(
+        None,
+        description="Where prepared shards are kept, to be reused by later runs.",
+        json_schema_extra={"default_text": "output_dir/prepared"},
+    )
+    sequence_len: PositiveInt = Field(
+        2048, description="Tokens of a pack, exactly; the longest row that is kept whole."
+    )
+    sample_packing: Bool = Field(
+        True,
+        description="Put several rows in a pack, each seeing only itself; `false` is one row a pack, "
+        "padded right.",
+    )
+    eval_sample_packing: Bool | None = Field(
+        None,
+        description="The same for held-out rows.",
+        json_schema_extra={"default_text": "as sample_packing"},
+    )
+    excess_length_strategy: Literal["drop", "truncate"] = Field(
+        "drop",
+        description="A row longer than `sequence_len` is left out, or cut at the end. Both are counted.",
+    )
+    train_on_inputs: Bool = Field(
+        False, description="Make every token of a conversation a target, not only the answers."
+    )
+    chat_template: Annotated[PathText, Kind("tokenizer_default or a path")] = Field(
+        "tokenizer_default",
+        description="`tokenizer_default` (the one in the base model's folder), or a .jinja file.",
+    )
+    special_tokens: Mapping = Field(
+        {},
+        description="Tokens of the tokenizer in other roles: `pad_token` fills packs, and is never a target "
+        "(without it the tokenizer's pad, else its eos); `bos_token`, `eos_token` and `unk_token` are what "
+        "the chat template sees.",
+    )
+
+
+class TrainSection(Section):
+    """How long, how fast, and what is written on the way."""
+
+    output_dir: PathText = Field(
+        "outputs/out", description="Folder of the run: metrics, checkpoints and the result."
+    )
+    overwrite: Bool = Field(
+        False, description="Replace the run that `output_dir` holds, unless it is resumed."
+    )
+    micro_batch_size: PositiveInt = Field(1, description="Packs in one forward pass of a worker.")
+    gradient_accumulation_steps: PositiveInt = Field(
+        1, description="Forward passes of a worker in one optimizer step."
+    )
+    num_epochs: Positive = Field(1.0, description="Passes over the rows; `max_steps` wins.")
+    max_steps: PositiveInt | None = Field(
+        None, description="Optimizer steps of the run, whatever `num_epochs` says."
+    )
+    learning_rate: Positive = Field(2e-4, description="The highest rate, at the end of the warmup.")
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine",
+        description="How the rate falls to 0 after the warmup: by a half cosine, in a line, or not at all; "
+        "`constant` has no warmup.",
+    )
+    warmup_steps: NonNegativeInt | None = Field(None, description="Steps in which the rate rises from 0.")
+    warmup_ratio: Ratio = Field(
+        0.0, description="Part of the run in which the rate rises from 0, instead of `warmup_steps`."
+    )
+    optimizer: Annotated[Literal["adamw_torch"], Kind("the name of an AdamW")] = Field(
+        "adamw_torch", description="AdamW with float32 states; other AdamW names of axolotl run as this one."
+    )
+    weight_decay: NonNegative = Field(0.0, description="AdamW's decoupled weight decay.")
+    adam_beta1: Fraction = Field(0.9, description="AdamW's decay of the mean of gradients.")
+    adam_beta2: Fraction = Field(0.999, description="AdamW's decay of the mean of squared gradients.")
+    adam_epsilon: Positive = Field(1e-8, description="AdamW's epsilon.")
+    max_grad_norm: Annotated[Positive | None, Kind("a number, 0 or more")] = Field(
+        1.0, description="Gradients are scaled down to this norm, over all workers; 0 switches it off."
+    )
+    logging_steps: PositiveInt = Field(
+        1, description="A row is written to metrics.jsonl every so many steps."
+    )
+    evals_per_epoch: PositiveInt | None = Field(
+        None, description="Evaluations in an epoch, beside those at step 0 and at the end."
+    )
+    eval_steps: PositiveInt | None = Field(
+        None, description="Steps from one evaluation to the next, instead of `evals_per_epoch`."
+    )
+    saves_per_epoch: PositiveInt | None = Field(
+        None, description="Checkpoints in an epoch, beside the last one."
+    )
+    save_steps: PositiveInt | None = Field(
+        None, description="Steps from one checkpoint to the next, instead of `saves_per_epoch`."
+    )
+    save_total_limit: PositiveInt | None = Field(
+        None, description="Checkpoints that are kept; without it, all."
+    )
+    seed: Seed = Field(42, description="Seed of the order of packs, of new weights and of dropout.")
+    resume_from_checkpoint: Annotated[PathText | None, Kind("auto or a path")] = Field(
+        None,
+        description="`auto`: the newest complete checkpoint in `output_dir`, or a fresh start where there "
+        "is none; or the path of a checkpoint.",
+    )
+    dp_shard_size: PositiveInt | None = Field(
+        None, description="Workers that share one copy of the weights (FSDP2)."
+    )
+    dp_replicate_size: PositiveInt | None = Field(
+        None, description="Groups of dp_shard_size workers; each group holds a copy of the weights."
+    )
+    completion_prompts: TextList = Field(
+        (), description="Prompts completed before and after training, into completions.jsonl."
+    )
+    completion_max_new_tokens: PositiveInt = Field(48, description="Tokens of such a completion, at most.")
+
+
+class RaySection(Section):
+    """Where it runs."""
+
+    address: Text | None = Field(
+        None,
+        description="Cluster to connect to; without it (and without RAY_ADDRESS) a local Ray is started.",
+    )
+    num_workers: PositiveInt | None = Field(
+        None,
+        description="Training workers. Required on a cluster.",
+        json_schema_extra={"default_text": "this machine's GPUs, else 1"},
+    )
+    use_gpu: Bool | None = Field(
+        None, description="Give each worker a GPU.", json_schema_extra={"default_text": "where GPUs are seen"}
+    )
+    resources_per_worker: Resources = Field(
+        {}, description="Ray resources of a worker, such as `{CPU: 4, GPU: 1}`."
+    )
+    accelerator_type: Text | None = Field(
+        None, description="Kind of GPU to ask for, in Ray's names, such as `H100`."
+    )
+    max_failures: FailureCount = Field(
+        3, description="Restarts from the last checkpoint after a lost worker."
+    )
+    storage_path: PathText | None = Field(
+        None,
+        description="Where relative output paths lie under `ray job submit`.",
+        json_schema_extra={"default_text": "~/nemo_ray"},
+    )
+
+
+class Config(TrainSection, DataSection, AdapterSection, ModelSection):
+    """A whole run, flat like the YAML; parts of the code are handed only their section."""
+
+    ray: Annotated[RaySection, Kind("a section of keys")] = Field(
+        RaySection(), description="Where it runs; its keys are in a table of their own."
+    )
+
+    def section(self, kind: type[SectionT]) -> SectionT:
+        """The part of this configuration that `kind` describes."""
+        return cast(
+            SectionT, kind.model_construct(**{name: getattr(self, name) for name in kind.model_fields})
+        )
+
+    @property
+    def model(self) -> ModelSection:
+        return self.section(ModelSection)
+
+    @property
+    def adapter_config(self) -> AdapterSection:
+        return self.section(AdapterSection)
+
+    @property
+    def data(self) -> DataSection:
+        return self.section(DataSection)
+
+    @property
+    def train(self) -> TrainSection:
+        return self.section(TrainSection)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `Config.model_validate` reads it back to an equal configuration."""
+        return self.model_dump(mode="json")

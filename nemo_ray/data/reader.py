@@ -1,0 +1,240 @@
+"""Shards to packs: what each rank reads in each step, and the cursor that a checkpoint keeps.
+
+Position i of a step goes to rank i % world_size, so what a step trains on does not depend on the number of
+workers. A shard that is not there yet is waited for. The order itself is order.py's.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.order import OPEN_WINDOWS, EpochOrder, shuffled_packs
+from nemo_ray.data.packing import Int64, Pack, filler_pack
+from nemo_ray.data.shards import Shard, read_stats
+from nemo_ray.data.waiting import ShardWait
+from nemo_ray.errors import DataError
+
+
+@dataclass(frozen=True)
+class StepPacks:
+    """What one optimizer step reads."""
+
+    packs: tuple[Pack, ...]
+    """This rank's: exactly packs_per_step / world_size, all-masked where the epoch ran out."""
+    sample_ids: tuple[Int64, ...]
+    """(num_docs, 2) arrays of (source, row), one per pack of the WHOLE step in order, without fillers."""
+    cursor: int
+    """Global packs consumed after this step, over all epochs; fillers do not count."""
+    epoch: float
+    """Rows consumed / rows of an epoch."""
+    end_of_epoch: bool
+    wait_s: float
+    """Time this step waited for shards."""
+
+
+class _Read(NamedTuple):
+    """One pack of a step: of a window, its index in the shard."""
+
+    window: Window
+    pack: int
+
+
+class _Shards:
+    """Open shards of a plan, a few at a time."""
+
+    def __init__(self, plan: DataPlan, timeout_s: float) -> None:
+        self._plan = plan
+        self._waiting = ShardWait(plan, timeout_s)
+        self._shards: OrderedDict[str, tuple[Shard, Int64, Int64]] = OrderedDict()
+
+    def num_packs(self, window: Window) -> int:
+        """From the shard's statistics alone; waits for the shard."""
+        return read_stats(self._waiting.wait_for(window)).packs
+
+    def waited_s(self) -> float:
+        """Seconds waited since this was last asked."""
+        return self._waiting.take_waited_s()
+
+    def sample_rows(self, read: _Read) -> Int64:
+        """(num_docs,) row numbers in the source."""
+        shard, starts, first_rows = self._open(read.window)
+        rows = shard.rows(read.pack)
+        span = np.searchsorted(starts, rows, side="right") - 1
+        source_rows: Int64 = first_rows[span] + (rows - starts[span])
+        return source_rows
+
+    def pack(self, read: _Read, sample_rows: Int64) -> Pack:
+        """The pack, padded to sequence_len."""
+        shard, _, _ = self._open(read.window)
+        plan = self._plan
+        return shard.pack(read.pack, sample_rows, read.window.source, plan.sequence_len, plan.pad_id)
+
+    def _open(self, window: Window) -> tuple[Shard, Int64, Int64]:
+        """The shard; the first row in the window, and in the source, of each of the window's spans."""
+        entry = self._shards.get(window.key)
+        if entry is None:
+            spans = window.source_rows(self._plan.sources[window.source])
+            sizes = np.array([size for _, size in spans], dtype=np.int64)
+            first_rows = np.array([first for first, _ in spans], dtype=np.int64)
+            entry = (Shard(self._waiting.wait_for(window)), np.cumsum(sizes) - sizes, first_rows)
+            self._shards[window.key] = entry
+            if len(self._shards) > 2 * OPEN_WINDOWS:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(window.key)
+        return entry
+
+
+class _Ranks:
+    """Splits steps over ranks: shared by both readers."""
+
+    def __init__(
+        self, plan: DataPlan, rank: int, world_size: int, packs_per_step: int, timeout_s: float
+    ) -> None:
+        assert 0 <= rank < world_size and packs_per_step > 0 and packs_per_step % world_size == 0
+        self.plan = plan
+        self.shards = _Shards(plan, timeout_s)
+        self.packs_per_step = packs_per_step
+        self._rank, self._world_size = rank, world_size
+
+    def step(self, reads: list[_Read], cursor: int, epoch: float, end_of_epoch: bool) -> StepPacks:
+        """Read this rank's packs, and the sample ids of all."""
+        rows = [self.shards.sample_rows(read) for read in reads]
+        packs = [
+            self.shards.pack(reads[i], rows[i]) if i < len(reads) else self._filler
+            for i in range(self._rank, self.packs_per_step, self._world_size)
+        ]
+        ids = tuple(
+            np.stack([np.full(len(row), read.window.source, dtype=np.int64), row], axis=1)
+            for read, row in zip(reads, rows, strict=True)
+        )
+        return StepPacks(tuple(packs), ids, cursor, epoch, end_of_epoch, self.shards.waited_s())
+
+    @cached_property
+    def _filler(self) -> Pack:
+        return filler_pack(self.plan.sequence_len, self.plan.pad_id)
+
+
+class PackReader:
+    """The training packs of one rank, from `cursor` on.
+
+    `packs_per_step` is global: world_size * micro_batch_size * gradient_accumulation_steps. `num_epochs`
+    may be fractional, or math.inf. Reads raise DataError when preparation failed, or gave no new shard for
+    `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        plan: DataPlan,
+        *,
+        seed: int,
+        num_epochs: float,
+        rank: int,
+        world_size: int,
+        packs_per_step: int,
+        cursor: int = 0,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        self._ranks = _Ranks(plan, rank, world_size, packs_per_step, timeout_s)
+        self._plan = plan
+        self._seed = seed
+        self._num_epochs = num_epochs
+        self._cursor = 0
+        self._resume_at = cursor
+        self._packs_of: dict[int, int] = {}
+        self._begin_epoch(0)
+
+    def next_step(self) -> StepPacks | None:
+        """The next step, or None when all epochs are done. A step never crosses an epoch."""
+        self._catch_up()
+        if self._order.exhausted() and not self._done():
+            self._begin_epoch(self._epoch + 1)
+        reads: list[_Read] = []
+        while len(reads) < self._ranks.packs_per_step and not self._done():
+            position = self._order.draw()
+            if position is None:
+                break
+            reads.append(_Read(self._plan.windows[position.window], self._pack_index(*position)))
+        if not reads:
+            return None
+        self._cursor += len(reads)
+        return self._ranks.step(reads, self._cursor, self._progress(), self._order.exhausted())
+
+    def _begin_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._order = EpochOrder(self._plan, self._seed, epoch, self._num_packs)
+        self._shuffled: dict[int, list[int]] = {}
+
+    def _catch_up(self) -> None:
+        """Draw what was consumed before, reading statistics only; whole epochs are jumped over."""
+        while self._cursor < self._resume_at:
+            epoch_packs = sum(self._packs_of.values())
+            known = len(self._packs_of) == len(self._plan.windows)
+            if known and self._order.drawn == 0 and self._resume_at - self._cursor > epoch_packs > 0:
+                self._cursor += epoch_packs
+                self._begin_epoch(self._epoch + 1)
+            elif self._order.draw() is not None:
+                self._cursor += 1
+            else:
+                self._begin_epoch(self._epoch + 1)
+
+    def _progress(self) -> float:
+        if self._order.exhausted():
+            if self._order.drawn == 0:
+                raise DataError(
+                    "datasets: no row became a pack; see the data statistics for what was dropped, and why"
+                )
+            return self._epoch + 1.0
+        return self._epoch + self._order.rows_consumed() / self._plan.num_rows
+
+    def _done(self) -> bool:
+        return self._num_epochs < self._epoch + 1 and self._progress() >= self._num_epochs
+
+    def _num_packs(self, window: int) -> int:
+        if window not in self._packs_of:
+            self._packs_of[window] = self._ranks.shards.num_packs(self._plan.windows[window])
+        return self._packs_of[window]
+
+    def _pack_index(self, window: int, draw: int) -> int:
+        """Which pack of its shard a draw is; a window's order is forgotten with its last pack."""
+        order = self._shuffled.get(window)
+        if order is None:
+            order = shuffled_packs(self._plan, window, self._num_packs(window), self._seed, self._epoch)
+            self._shuffled[window] = order
+        if draw == len(order) - 1:
+            del self._shuffled[window]
+        return order[draw]
+
+
+class EvalReader:
+    """The held-out packs of one rank, in fixed order. Build one for each evaluation."""
+
+    def __init__(
+        self, plan: DataPlan, *, rank: int, world_size: int, packs_per_step: int, timeout_s: float = 1800.0
+    ) -> None:
+        self._ranks = _Ranks(plan, rank, world_size, packs_per_step, timeout_s)
+        self._plan = plan
+        self._cursor = 0
+        self._reads = self._all()
+        self._following = next(self._reads, None)
+
+    def next_step(self) -> StepPacks | None:
+        """The next packs, or None at the end."""
+        reads: list[_Read] = []
+        while self._following is not None and len(reads) < self._ranks.packs_per_step:
+            reads.append(self._following)
+            self._following = next(self._reads, None)
+        if not reads:
+            return None
+        self._cursor += len(reads)
+        end = self._following is None
+        return self._ranks.step(reads, self._cursor, 1.0 if end else 0.0, end)
+
+    def _all(self) -> Iterator[_Read]:
+        for window in self._plan.eval_windows:
+            for pack in range(self._ranks.shards.num_packs(window)):
+                yield _Read(window, pack)

@@ -1,0 +1,336 @@
+"""Files to windows: which rows are prepared together, and which are held out. Nothing is tokenized but a
+probe.
+
+A window is a block of consecutive rows of one file, worth about 256 packs; small files share one. Held-out
+rows are runs of 16 consecutive rows chosen by a hash of file name and run number, so neither the seed nor
+another file's growth moves them:
+
+    rows of a file   |0 ............ R)|R ............ 2R)|2R ...
+    held-out runs          ==              ==   ==
+    train windows    [----  ----------][---  ---  ------] ...
+    eval window            [==             ==   ==]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nemo_ray.config.schema import DataSection, DatasetSpec
+from nemo_ray.data.files import RUN_ROWS, FileIndex, ParquetIndex, read_span, scan
+from nemo_ray.data.held_out import choose_fraction, choose_rows
+from nemo_ray.data.manifest import FORMAT_VERSION, DataPlan, FileInfo, SourceInfo, Span, Window, digest
+from nemo_ray.data.prepare import encode_rows, row_columns
+from nemo_ray.data.splits import list_files, parse_split
+from nemo_ray.data.template import RowError, chat_template
+from nemo_ray.data.tokenizer import LoadedTokenizer, TokenizerSpec, load_tokenizer
+from nemo_ray.errors import ConfigError, DataError
+
+PACKS_PER_WINDOW = 256
+_PROBED_ROWS = 256
+
+Ranges = list[tuple[int, int]]
+"""Ascending, disjoint [first, last) rows of a file."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """An entry while it is planned. `taken`: the rows of each file that the split takes."""
+
+    key: str
+    spec: DatasetSpec
+    files: tuple[FileInfo, ...]
+    indexes: tuple[FileIndex, ...]
+    taken: tuple[tuple[int, int], ...]
+    rows_per_window: int
+    tokens_per_row: float
+    settings: str
+
+
+def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
+    """List the windows of all sources. Reads every file once (Parquet: its footer) and encodes a few rows.
+
+    Raises ConfigError for a missing file, and for a field that no row has; DataError for files without
+    usable rows.
+    """
+    tokenizer_spec = TokenizerSpec.of(data, base_model)
+    loaded = load_tokenizer(tokenizer_spec)
+    train = [
+        _open_source(spec, f"datasets[{i}]", data, tokenizer_spec, loaded)
+        for i, spec in enumerate(data.datasets)
+    ]
+    test = [
+        _open_source(spec, f"test_datasets[{i}]", data, tokenizer_spec, loaded)
+        for i, spec in enumerate(data.test_datasets)
+    ]
+    held_out = _held_out(train, data.val_set_size)
+    eval_packing = data.sample_packing if data.eval_sample_packing is None else data.eval_sample_packing
+    windows: list[Window] = []
+    eval_windows: list[Window] = []
+    infos = []
+    for number, source in enumerate([*train, *test]):
+        whole: list[Ranges] = [[rows] if rows[0] < rows[1] else [] for rows in source.taken]
+        testing = number >= len(train)
+        kept_out = whole if testing else held_out[number]
+        kept = (
+            [[] for _ in whole] if testing else [_without(a, b) for a, b in zip(whole, kept_out, strict=True)]
+        )
+        windows += [
+            _window(number, source, part, data.sample_packing) for part in _train_blocks(source, kept)
+        ]
+        eval_windows += [
+            _window(number, source, part, eval_packing) for part in _eval_blocks(source, kept_out)
+        ]
+        infos.append(_info(source, kept_out, testing))
+    if not windows:
+        raise ConfigError(f"val_set_size: {data.val_set_size} holds out every row; leave some to train on")
+    keys = [[window.key for window in windows], [window.key for window in eval_windows]]
+    return DataPlan(
+        directory=str(Path(directory).expanduser().absolute()),
+        fingerprint=digest(FORMAT_VERSION, keys, loaded.pad_id),
+        sequence_len=data.sequence_len,
+        windows=tuple(windows),
+        eval_windows=tuple(eval_windows),
+        sources=tuple(infos),
+        notices=_notices(data, loaded),
+        pad_id=loaded.pad_id,
+    )
+
+
+# -- one source -----------------------------------------------------------------------------------
+
+
+def _open_source(
+    spec: DatasetSpec, key: str, data: DataSection, tokenizer: TokenizerSpec, loaded: LoadedTokenizer
+) -> _Source:
+    split = parse_split(spec.split, key)
+    files: list[FileInfo] = []
+    indexes: list[FileIndex] = []
+    rows = 0
+    for path, name, form in list_files(spec, split, key):
+        index = scan(str(path), name, form)
+        if isinstance(index, ParquetIndex):
+            _check_column(index, str(path), spec, key)
+        files.append(FileInfo(str(path), name, index.identity, form, index.num_rows, rows))
+        indexes.append(index)
+        rows += index.num_rows
+    first, last = (0, rows) if split is None else split.rows(rows)
+    taken = tuple(
+        (
+            min(max(first - file.first_row, 0), file.num_rows),
+            min(max(last - file.first_row, 0), file.num_rows),
+        )
+        for file in files
+    )
+    if first == last:
+        raise DataError(f"{key}: {spec.path}{'' if spec.split is None else f' ({spec.split})'} holds no rows")
+    tokens_per_row = _probe(spec, key, data, tokenizer, files, indexes, taken)
+    return _Source(
+        key=key,
+        spec=spec,
+        files=tuple(files),
+        indexes=tuple(indexes),
+        taken=taken,
+        rows_per_window=_rows_per_window(tokens_per_row, data),
+        tokens_per_row=tokens_per_row,
+        settings=_settings(spec, data, loaded),
+    )
+
+
+def _settings(spec: DatasetSpec, data: DataSection, loaded: LoadedTokenizer) -> str:
+    """Digest of all that shapes a shard, beside its rows and whether they are packed."""
+    fields: list[object] = [spec.type, spec.field]
+    if spec.type == "chat_template":
+        mappings = sorted(spec.message_property_mappings.items())
+        fields = [spec.type, spec.field_messages, mappings, data.train_on_inputs]
+    return digest(loaded.identity, fields, data.sequence_len, data.excess_length_strategy)
+
+
+def _check_column(index: ParquetIndex, path: str, spec: DatasetSpec, key: str) -> None:
+    option, field = _field(spec)
+    if field not in index.columns:
+        raise ConfigError(
+            f"{key}.{option}: {path} has no column {field!r}; it has {', '.join(index.columns)}"
+        )
+
+
+def _field(spec: DatasetSpec) -> tuple[str, str]:
+    return ("field", spec.field) if spec.type == "completion" else ("field_messages", spec.field_messages)
+
+
+def _probe(
+    spec: DatasetSpec,
+    key: str,
+    data: DataSection,
+    tokenizer: TokenizerSpec,
+    files: Sequence[FileInfo],
+    indexes: Sequence[FileIndex],
+    taken: Sequence[tuple[int, int]],
+) -> float:
+    """Mean tokens of the first rows: dropped and rejected ones count as 0, cut ones as cut."""
+    rows: list[object] = []
+    for number, (start, stop) in enumerate(taken):
+        count = min(stop - start, _PROBED_ROWS - len(rows))
+        if count > 0:
+            span = indexes[number].span(number, start, count)
+            rows += read_span(files[number].path, files[number].format, span, row_columns(spec))
+    results = encode_rows(rows, spec, tokenizer, data.train_on_inputs)
+    rejected = [result for result in results if isinstance(result, RowError)]
+    if len(rejected) == len(results):
+        _refuse(spec, key, rejected, rows)
+    lengths = [len(result.ids) for result in results if not isinstance(result, RowError)]
+    limit = data.sequence_len
+    kept = [
+        min(length, limit)
+        for length in lengths
+        if length <= limit or data.excess_length_strategy == "truncate"
+    ]
+    return sum(kept) / len(rows)
+
+
+def _refuse(spec: DatasetSpec, key: str, rejected: list[RowError], rows: list[object]) -> None:
+    """Every probed row was rejected: say why, as an error of the key where a field is not there."""
+    first = rejected[0]
+    option, field = _field(spec)
+    if all(one.reason == f"no field {field!r}" for one in rejected):
+        names = ", ".join(rows[0]) if isinstance(rows[0], dict) else "none"
+        raise ConfigError(
+            f"{key}.{option}: no row of {spec.path} has a field {field!r}; the first row has {names}"
+        )
+    detail = f" ({first.detail})" if first.detail else ""
+    raise DataError(
+        f"{key}: none of the first {len(rejected)} rows of {spec.path} can be used: {first.reason}{detail}"
+    )
+
+
+def _rows_per_window(tokens_per_row: float, data: DataSection) -> int:
+    """Rows worth about 256 packs, on a coarse grid: a slightly different probe gives the same windows."""
+    wanted = float(PACKS_PER_WINDOW)
+    if data.sample_packing and tokens_per_row > 0:
+        wanted = PACKS_PER_WINDOW * data.sequence_len / tokens_per_row
+    grid = (RUN_ROWS * step << octave for octave in range(17) for step in (4, 5, 6, 7))
+    return min(grid, key=lambda rows: abs(np.log(rows / wanted)))
+
+
+# -- held-out rows --------------------------------------------------------------------------------
+
+
+def _held_out(sources: Sequence[_Source], val_set_size: float) -> list[list[Ranges]]:
+    """For each source and file, its held-out rows."""
+    parts = [
+        (file.name, rows) for source in sources for file, rows in zip(source.files, source.taken, strict=True)
+    ]
+    chosen = iter(
+        choose_rows(parts, int(val_set_size)) if val_set_size >= 1 else choose_fraction(parts, val_set_size)
+    )
+    return [[next(chosen) for _ in source.files] for source in sources]
+
+
+def _without(whole: Ranges, holes: Ranges) -> Ranges:
+    """Rows of `whole` (one range, or none) outside `holes`."""
+    result = []
+    for start, stop in whole:
+        for first, last in holes:
+            if start < first:
+                result.append((start, first))
+            start = last
+        if start < stop:
+            result.append((start, stop))
+    return result
+
+
+# -- windows --------------------------------------------------------------------------------------
+
+Part = list[tuple[int, int, int]]
+"""A window's (file number, first row, last row)."""
+
+
+def _count(part: Part) -> int:
+    return sum(stop - start for _, start, stop in part)
+
+
+def _train_blocks(source: _Source, kept: list[Ranges]) -> list[Part]:
+    """Blocks of rows_per_window rows, aligned in each file; files below half of that share one."""
+    size = source.rows_per_window
+    blocks: list[Part] = []
+    small: Part = []
+    for number, ranges in enumerate(kept):
+        parts = [part for part in _aligned(number, ranges, size) if part]
+        if len(parts) > 1 and _count(parts[-1]) < size // 2:
+            tail = parts.pop()
+            parts[-1] = parts[-1] + tail
+        if len(parts) == 1 and _count(parts[0]) < size // 2:
+            small += parts.pop()
+            if _count(small) >= size:
+                blocks.append(small)
+                small = []
+        blocks += parts
+    return [*blocks, small] if small else blocks
+
+
+def _aligned(number: int, ranges: Ranges, size: int) -> list[Part]:
+    """Cut at multiples of `size`; one part for each block."""
+    parts: dict[int, Part] = {}
+    for start, stop in ranges:
+        while start < stop:
+            block = start // size
+            end = min(stop, (block + 1) * size)
+            parts.setdefault(block, []).append((number, start, end))
+            start = end
+    return list(parts.values())
+
+
+def _eval_blocks(source: _Source, kept_out: list[Ranges]) -> list[Part]:
+    """Held-out rows of all files in order, rows_per_window at a time."""
+    blocks: list[Part] = [[]]
+    room = source.rows_per_window
+    for number, ranges in enumerate(kept_out):
+        for start, stop in ranges:
+            while start < stop:
+                end = min(stop, start + room)
+                blocks[-1].append((number, start, end))
+                room -= end - start
+                start = end
+                if room == 0:
+                    blocks.append([])
+                    room = source.rows_per_window
+    return [block for block in blocks if block]
+
+
+def _window(number: int, source: _Source, part: Part, packing: bool) -> Window:
+    spans = tuple(source.indexes[file].span(file, start, stop - start) for file, start, stop in part)
+    rows: list[tuple[str, Span]] = [
+        (source.files[span.file].identity, span._replace(file=0)) for span in spans
+    ]
+    return Window(number, spans, _count(part), digest(FORMAT_VERSION, source.settings, packing, rows))
+
+
+def _info(source: _Source, kept_out: list[Ranges], testing: bool) -> SourceInfo:
+    return SourceInfo(
+        name=source.spec.path if source.spec.split is None else f"{source.spec.path} {source.spec.split}",
+        type=source.spec.type,
+        files=source.files,
+        num_rows=sum(stop - start for start, stop in source.taken),
+        held_out_rows=sum(stop - start for ranges in kept_out for start, stop in ranges),
+        rows_per_window=source.rows_per_window,
+        tokens_per_row=source.tokens_per_row,
+        evaluation_only=testing,
+    )
+
+
+def _notices(data: DataSection, loaded: LoadedTokenizer) -> tuple[str, ...]:
+    """Lines that tell the user what is derived rather than given."""
+    notices = []
+    types = {spec.type for spec in (*data.datasets, *data.test_datasets)}
+    if "chat_template" in types and loaded.chat_template is not None and not data.train_on_inputs:
+        template = chat_template(loaded.chat_template, loaded.special_tokens, loaded.cut_tokens)
+        if not template.marked:
+            notices.append(
+                "chat_template: it has no {% generation %} marks, so the text that an assistant's message adds "
+                "to the conversation, after the generation prompt, is trained; rows in which the template "
+                "rewrites earlier turns are rejected"
+            )
+    if "completion" in types and loaded.eos_id is None:
+        notices.append("datasets: the tokenizer has no eos token, so completion texts end without one")
+    return tuple(notices)

@@ -1,0 +1,119 @@
+"""What became of the rows: sums over the shards that exist, and their text for the user."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from nemo_ray.data.files import BLANK_LINE
+from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.shards import ShardStats, read_stats
+
+
+class Totals:
+    """A running sum of shards' statistics."""
+
+    def __init__(self) -> None:
+        self.windows = self.rows = self.documents = self.packs = self.tokens = 0
+        self.targets = self.dropped = self.truncated = 0
+        self.rejected: Counter[str] = Counter()
+
+    def add(self, stats: ShardStats) -> None:
+        """Count one shard."""
+        self.windows += 1
+        self.rows += stats.rows
+        self.documents += stats.documents
+        self.packs += stats.packs
+        self.tokens += stats.tokens
+        self.targets += stats.targets
+        self.dropped += stats.dropped
+        self.truncated += stats.truncated
+        self.rejected.update(stats.rejected)
+
+    @property
+    def num_rejected(self) -> int:
+        """Rows that could not be used; blank lines are no rows, and are listed only."""
+        return sum(count for reason, count in self.rejected.items() if reason != BLANK_LINE)
+
+    def to_json(self, sequence_len: int) -> dict[str, Any]:
+        """A JSON-ready dict; `efficiency` is the share of positions that hold a token, None without packs."""
+        return {
+            "prepared_windows": self.windows,
+            "rows": self.rows,
+            "documents": self.documents,
+            "packs": self.packs,
+            "tokens": self.tokens,
+            "targets": self.targets,
+            "dropped": self.dropped,
+            "truncated": self.truncated,
+            "rejected": dict(self.rejected.most_common()),
+            "efficiency": self.tokens / (self.packs * sequence_len) if self.packs else None,
+        }
+
+
+def sum_shards(plan: DataPlan, windows: Iterable[Window]) -> Totals:
+    """The sum over those windows whose shards exist."""
+    totals = Totals()
+    for window in windows:
+        path = plan.shard_path(window)
+        if path.exists():
+            totals.add(read_stats(path))
+    return totals
+
+
+def data_statistics(plan: DataPlan) -> dict[str, Any]:
+    """JSON-ready: the sources, what is estimated before anything is prepared, and sums over what exists."""
+    return {
+        "sources": [
+            {
+                "name": source.name,
+                "type": source.type,
+                "files": len(source.files),
+                "rows": source.num_rows,
+                "held_out_rows": source.held_out_rows,
+                "tokens_per_row": round(source.tokens_per_row, 1),
+            }
+            for source in plan.sources
+        ],
+        "train": _part(plan, plan.windows),
+        "held_out": _part(plan, plan.eval_windows),
+    }
+
+
+def _part(plan: DataPlan, windows: tuple[Window, ...]) -> dict[str, Any]:
+    return {
+        "windows": len(windows),
+        "planned_rows": sum(window.num_rows for window in windows),
+        "estimated_tokens": round(sum(plan.estimated_tokens(window) for window in windows)),
+        **sum_shards(plan, windows).to_json(plan.sequence_len),
+    }
+
+
+def describe(statistics: dict[str, Any]) -> list[str]:
+    """The statistics as lines of text."""
+    lines = [
+        f"{source['name']}: {source['rows']:,} rows ({source['held_out_rows']:,} held out) in "
+        f"{source['files']} file{'' if source['files'] == 1 else 's'}, "
+        f"about {source['tokens_per_row']:,.0f} tokens a row"
+        for source in statistics["sources"]
+    ]
+    for name, part in (("train", statistics["train"]), ("held out", statistics["held_out"])):
+        if part["windows"]:
+            lines.append(f"{name}: {_describe_part(part)}")
+            lines += [f"  rejected: {count:,} rows, {reason}" for reason, count in part["rejected"].items()]
+    return lines
+
+
+def _describe_part(part: dict[str, Any]) -> str:
+    if not part["prepared_windows"]:
+        return f"{part['planned_rows']:,} rows, about {part['estimated_tokens']:,} tokens, not prepared yet"
+    text = f"{part['documents']:,} documents, {part['tokens']:,} tokens, {part['packs']:,} packs"
+    if part["packs"]:
+        trained = part["targets"] / part["tokens"]
+        text += f", {part['efficiency']:.1%} of positions used, {trained:.1%} of tokens trained"
+    if part["prepared_windows"] < part["windows"]:
+        text += f"; {part['prepared_windows']:,} of {part['windows']:,} windows prepared"
+    if part["dropped"]:
+        text += f"; {part['dropped']:,} rows dropped (longer than sequence_len)"
+    if part["truncated"]:
+        text += f"; {part['truncated']:,} rows cut to sequence_len"
+    return text

@@ -1,0 +1,32 @@
+"""The errors a user can meet. Each is one line that names key or file, value, rule and remedy.
+
+They cross Ray's process boundaries, so they carry nothing but their message and survive pickling.
+"""
+
+
+class NemoRayError(Exception):
+    """Base of every error that is shown to the user as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(NemoRayError):
+    """The configuration, or a path it names, is wrong: nothing was started."""
+
+    exit_code = 2
+
+
+class DataError(NemoRayError):
+    """A dataset, or a row of it, cannot be used."""
+
+
+class CheckpointError(NemoRayError):
+    """A base model, adapter or training checkpoint cannot be read or written."""
+
+
+class PatchError(NemoRayError):
+    """The installed libraries do not fit the patches, or the patched model computes wrong values."""
+
+
+class ClusterError(NemoRayError):
+    """The Ray cluster cannot run this job: too few CPUs or GPUs, not reachable, or a worker was lost."""

@@ -1,0 +1,145 @@
+"""LoRA on linear layers and routed experts: which modules, which parameters, and the layers themselves.
+
+The factors are float32 parameters beside a frozen base and are cast to the activations' dtype where they are
+used, so that a bf16 base pays no float32 matmuls. Names follow PEFT's matching rules; the file format is
+adapter.py's. Source: Hu et al., "LoRA" (2021); Kalajdzievski, "rsLoRA" (2023).
+
+Shapes: R rank, I inputs, O outputs, E experts.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemo_ray.config.schema import AdapterSection
+from nemo_ray.errors import ConfigError
+from nemo_ray.model.experts import RoutedExperts
+
+# The linear layers of `lora_target_linear: true`. The router, head and embeddings are never among them.
+LINEAR_NAMES = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "in_proj",
+    "out_proj",
+    "up_proj",
+    "down_proj",
+    "fc1_latent_proj",
+    "fc2_latent_proj",
+)
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer plus scaling * B A x. Keeps the base's parameter names."""
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.rank, self.scaling, self.dropout = rank, scaling, dropout
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=device, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., I) -> (..., O)."""
+        inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
+        return F.linear(x, self.weight, self.bias) + F.linear(inner * self.scaling, self.lora_B.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        out_features, in_features = self.weight.shape
+        return f"{in_features}, {out_features}, rank={self.rank}, scaling={self.scaling}"
+
+
+@dataclass(frozen=True)
+class LoraTargets:
+    """What LoRA was put on: module paths of linear layers, and parameter paths of 3-D experts."""
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+def scaling_of(adapter: AdapterSection) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    rank = adapter.lora_r
+    return adapter.lora_alpha / (math.sqrt(rank) if adapter.peft_use_rslora else rank)
+
+
+def apply_lora(model: nn.Module, adapter: AdapterSection) -> LoraTargets:
+    """Freeze `model` and put trainable factors on the adapter's targets, in place.
+
+    Raises: ConfigError for a target that matches nothing or that cannot carry LoRA; it lists near names.
+    """
+    model.requires_grad_(False)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears.pop("lm_head", None)
+    banks = {
+        f"{name}.{parameter}": (module, parameter)
+        for name, module in model.named_modules()
+        if isinstance(module, RoutedExperts)
+        for parameter in ("up_proj", "down_proj")
+    }
+    modules = sorted(_matching_modules(linears, adapter))
+    parameters = sorted(_matches("lora_target_parameters", adapter.lora_target_parameters, banks))
+    if not modules and not parameters:
+        raise ConfigError(
+            "adapter: lora needs a target: set lora_target_modules, lora_target_linear or "
+            "lora_target_parameters"
+        )
+    scaling = scaling_of(adapter)
+    for name in modules:
+        parent, _, child = name.rpartition(".")
+        lora = LoraLinear(linears[name], adapter.lora_r, scaling, adapter.lora_dropout)
+        setattr(model.get_submodule(parent), child, lora)
+    for name in parameters:
+        bank, parameter = banks[name]
+        bank.add_lora(parameter, adapter.lora_r, scaling)
+    return LoraTargets(tuple(modules), tuple(parameters))
+
+
+def _matching_modules(linears: dict[str, nn.Linear], adapter: AdapterSection) -> set[str]:
+    wanted = adapter.lora_target_modules
+    if "conv1d" in wanted or any(pattern.endswith(".conv1d") for pattern in wanted):
+        raise ConfigError(
+            "lora_target_modules: conv1d cannot carry LoRA: the Mamba-2 kernels read its weight directly; "
+            "target in_proj and out_proj instead"
+        )
+    found = _matches("lora_target_modules", wanted, linears)
+    if adapter.lora_target_linear:
+        found |= {name for name in linears if name.rpartition(".")[2] in LINEAR_NAMES}
+    return found
+
+
+def _matches(key: str, patterns: Iterable[str], names: Iterable[str]) -> set[str]:
+    """PEFT's rule: a pattern is a whole path, the end of one after a dot, or a regular expression for it."""
+    names = list(names)
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if name == pattern or name.endswith("." + pattern)}
+        if not hits and re.search(r"[\\*+?\[(|^$]", pattern):
+            try:
+                hits = {name for name in names if re.fullmatch(pattern, name)}
+            except re.error as error:
+                raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
+        if not hits:
+            kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names})
+            near = difflib.get_close_matches(
+                pattern, kinds + [k.rpartition(".")[2] for k in kinds], n=3, cutoff=0.5
+            )
+            hint = (
+                f"did you mean {', '.join(dict.fromkeys(near))}" if near else f"there are {', '.join(kinds)}"
+            )
+            raise ConfigError(f"{key}: {pattern!r} matches nothing in this model; {hint}")
+        found |= hits
+    return found
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> factor, for every LoRA factor of `model`, in model order."""
+    return {name: p for name, p in model.named_parameters() if "lora_" in name.rpartition(".")[2]}

@@ -1,0 +1,160 @@
+"""What transformers' nemotron_h gets wrong or cannot do, put right on the instance.
+
+- Packed rows: convolution and scan stop at document edges, attention is block-causal (upstream leaks).
+- `time_step_limit` comes from the config, as in NVIDIA's reference (upstream clamps at time_step_min).
+- `out_proj` is called as a module, outside the fused kernel, so that LoRA on it acts in training too.
+- Routed experts are ours (experts.py).
+
+Nothing here changes a class: every patch binds to one model and checks the upstream code that it stands on.
+"""
+
+import inspect
+import types
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.nemotron_h import modeling_nemotron_h as upstream
+
+from nemo_ray.errors import PatchError
+from nemo_ray.model.attention import packed_attention
+from nemo_ray.model.batch import PackedBatch
+from nemo_ray.model.experts import RoutedExperts
+from nemo_ray.model.ssd import select_split_conv1d_scan
+
+# What the patches rely on: the parameters each upstream forward must take, and the modules that it must hold.
+EXPECTED_FORWARD = {
+    "NemotronHMamba2Mixer": ("hidden_states", "cache_params", "attention_mask"),
+    "NemotronHAttention": ("hidden_states", "attention_mask", "past_key_values"),
+    "NemotronHExperts": ("hidden_states", "top_k_index", "top_k_weights"),
+    "NemotronHBlock": ("hidden_states", "past_key_values", "attention_mask", "position_ids", "use_cache"),
+}
+EXPECTED_CHILDREN = {
+    "NemotronHMamba2Mixer": ("in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj", "chunk_size"),
+    "NemotronHAttention": ("q_proj", "k_proj", "v_proj", "o_proj", "scaling", "head_dim"),
+    "NemotronHMoE": ("experts", "gate", "shared_experts", "fc1_latent_proj", "fc2_latent_proj"),
+    "NemotronHExperts": ("up_proj", "down_proj"),
+    "NemotronHBlock": ("norm", "mixer", "block_type"),
+}
+
+
+def patch_model(model: "upstream.NemotronHForCausalLM", device: torch.device) -> None:
+    """Bind the patches to `model`, which will run on `device` (it may still be on meta).
+
+    Adds the method `packed_logits(batch)` and the switch `recompute_blocks` (recompute activations in the
+    backward pass of training); plain calls of `model` go on as upstream has them.
+    Raises: PatchError where the installed transformers does not look as the patches expect.
+    """
+    check_upstream()
+    if model.config.mlp_hidden_act != "relu2":
+        raise PatchError(
+            f"mlp_hidden_act is {model.config.mlp_hidden_act!r}: Nemotron-H experts are relu2 only"
+        )
+    scan = select_split_conv1d_scan(device)
+    for block in model.model.layers:
+        _check_children(block)
+        mixer = block.mixer
+        _check_children(mixer)
+        if isinstance(mixer, upstream.NemotronHMamba2Mixer):
+            _patch_mamba(mixer, scan)
+        elif isinstance(mixer, upstream.NemotronHAttention):
+            _patch_attention(mixer)
+        elif isinstance(mixer, upstream.NemotronHMoE):
+            _check_children(mixer.experts)
+            mixer.experts = RoutedExperts(mixer.experts.up_proj, mixer.experts.down_proj)
+    model.recompute_blocks = False
+    model.packed_logits = types.MethodType(packed_logits, model)
+
+
+def check_upstream() -> None:
+    """Compare the installed nemotron_h with what the patches rely on."""
+    for name, wanted in EXPECTED_FORWARD.items():
+        cls = getattr(upstream, name, None)
+        found = tuple(inspect.signature(cls.forward).parameters) if cls else ()
+        missing = [parameter for parameter in wanted if parameter not in found]
+        if missing:
+            raise PatchError(
+                f"transformers {transformers.__version__}: {name}.forward lacks {', '.join(missing)}; "
+                "the patches know transformers 5.16 to 5.23"
+            )
+
+
+def _check_children(module: nn.Module) -> None:
+    name = type(module).__name__
+    missing = [child for child in EXPECTED_CHILDREN.get(name, ()) if not hasattr(module, child)]
+    if missing:
+        raise PatchError(f"transformers {transformers.__version__}: {name} has no {', '.join(missing)}")
+
+
+def _patch_mamba(mixer: nn.Module, scan: Callable[..., torch.Tensor]) -> None:
+    mixer.time_step_limit = tuple(mixer.config.time_step_limit)
+    original = mixer.forward
+
+    def forward(
+        self: nn.Module, hidden_states: torch.Tensor, packed: PackedBatch | None = None, **kwargs: object
+    ) -> torch.Tensor:
+        if packed is None:
+            return original(hidden_states, **kwargs)
+        y = scan(
+            self.in_proj(hidden_states),
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            -torch.exp(self.A_log.float()),
+            D=self.D,
+            chunk_size=self.chunk_size,
+            seq_idx=packed.seq_idx,
+            dt_limit=self.time_step_limit,
+            activation=self.activation,
+            rmsnorm_weight=self.norm.weight,
+            rmsnorm_eps=self.norm.variance_epsilon,
+            headdim=self.head_dim,
+            ngroups=self.n_groups,
+            norm_before_gate=False,
+        )
+        return self.out_proj(y.to(hidden_states.dtype))
+
+    mixer.forward = types.MethodType(forward, mixer)
+
+
+def _patch_attention(mixer: nn.Module) -> None:
+    original = mixer.forward
+
+    def forward(
+        self: nn.Module, hidden_states: torch.Tensor, packed: PackedBatch | None = None, **kwargs: object
+    ) -> tuple[torch.Tensor, None]:
+        if packed is None:
+            return original(hidden_states=hidden_states, **kwargs)
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        out = packed_attention(
+            self.q_proj(hidden_states).view(heads),
+            self.k_proj(hidden_states).view(heads),
+            self.v_proj(hidden_states).view(heads),
+            packed,
+            self.scaling,
+        )
+        return self.o_proj(out.flatten(2)), None
+
+    mixer.forward = types.MethodType(forward, mixer)
+
+
+def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
+    """Final hidden states (B, T, H) of packed documents, after the last norm. No mask, no cache.
+
+    Not a method: under FSDP only what runs inside a registered forward method of the root sees whole
+    parameters.
+    """
+    hidden = model.model.embeddings(batch.input_ids)
+    for block in model.model.layers:
+        if model.recompute_blocks and model.training:
+            hidden = checkpoint(block, hidden, packed=batch, use_reentrant=False)
+        else:
+            hidden = block(hidden, packed=batch)
+    return model.model.norm_f(hidden)
+
+
+def packed_logits(self: nn.Module, batch: PackedBatch) -> torch.Tensor:
+    """Logits (B, T, V) in float32. For short batches: the training loss never forms them whole."""
+    return self.lm_head(packed_hidden(self, batch)).float()

@@ -1,0 +1,125 @@
+"""What a run will take, known before it runs: parameters and memory, from config.json alone.
+
+Owns arithmetic only; imports neither torch nor transformers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_ray.config.schema import Config
+
+FLOAT32_BYTES = 4
+BF16_BYTES = 2
+PATTERN = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "up_proj", "down_proj")
+LATENT_TARGETS = ("fc1_latent_proj", "fc2_latent_proj")
+
+
+def block_types(model: Mapping[str, Any]) -> list[str]:
+    """Kind of each block: `layers_block_type`, or what `hybrid_override_pattern` spells."""
+    if model.get("layers_block_type"):
+        old_names = {"mamba": "linear_attention", "attention": "full_attention"}
+        return [old_names.get(kind, kind) for kind in model["layers_block_type"]]
+    return [PATTERN[letter] for letter in model["hybrid_override_pattern"]]
+
+
+def linear_shapes(model: Mapping[str, Any], kind: str) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear layer of a block of `kind`, by the name that LoRA targets use."""
+    hidden = model["hidden_size"]
+    if kind == "linear_attention":
+        inner = model["mamba_num_heads"] * model["mamba_head_dim"]
+        states = 2 * model["n_groups"] * model["ssm_state_size"]
+        return {
+            "in_proj": (2 * inner + states + model["mamba_num_heads"], hidden),
+            "out_proj": (hidden, inner),
+        }
+    if kind == "full_attention":
+        query = model["num_attention_heads"] * model["head_dim"]
+        keys = model["num_key_value_heads"] * model["head_dim"]
+        return {
+            "q_proj": (query, hidden),
+            "k_proj": (keys, hidden),
+            "v_proj": (keys, hidden),
+            "o_proj": (hidden, query),
+        }
+    width = model["moe_shared_expert_intermediate_size"] if kind == "moe" else model["intermediate_size"]
+    shapes = {"up_proj": (width, hidden), "down_proj": (hidden, width)}
+    latent = model.get("moe_latent_size")
+    if kind == "moe" and latent:
+        shapes |= {"fc1_latent_proj": (latent, hidden), "fc2_latent_proj": (hidden, latent)}
+    return shapes
+
+
+def expert_shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(out, in) of one routed expert's projections."""
+    inputs = model.get("moe_latent_size") or model["hidden_size"]
+    return {
+        "up_proj": (model["moe_intermediate_size"], inputs),
+        "down_proj": (inputs, model["moe_intermediate_size"]),
+    }
+
+
+def count_base(model: Mapping[str, Any]) -> int:
+    """Number of the base's parameters."""
+    hidden, total = model["hidden_size"], 0
+    for kind in block_types(model):
+        total += hidden + sum(out * into for out, into in linear_shapes(model, kind).values())
+        if kind == "linear_attention":
+            heads = model["mamba_num_heads"]
+            inner = heads * model["mamba_head_dim"]
+            channels = inner + 2 * model["n_groups"] * model["ssm_state_size"]
+            total += (
+                channels * (model["conv_kernel"] + int(model.get("use_conv_bias", True))) + inner + 3 * heads
+            )
+        elif kind == "moe":
+            experts = model["n_routed_experts"]
+            total += experts * (hidden + sum(out * into for out, into in expert_shapes(model).values()))
+    return total + hidden + 2 * model["vocab_size"] * hidden
+
+
+def count_lora(config: Config, model: Mapping[str, Any]) -> int:
+    """Number of LoRA parameters, for targets named by their last part."""
+    names = {pattern.rpartition(".")[2] for pattern in config.lora_target_modules}
+    if config.lora_target_linear:
+        names |= {*LINEAR_TARGETS, *LATENT_TARGETS}
+    banks = {pattern.rpartition(".")[2] for pattern in config.lora_target_parameters}
+    rank, total = config.lora_r, 0
+    for kind in block_types(model):
+        total += sum(rank * sum(shape) for name, shape in linear_shapes(model, kind).items() if name in names)
+        if kind == "moe":
+            each = sum(rank * sum(shape) for name, shape in expert_shapes(model).items() if name in banks)
+            total += model["n_routed_experts"] * each
+    return total
+
+
+def estimate_memory(
+    config: Config, model: Mapping[str, Any], world_size: int, use_gpu: bool
+) -> dict[str, int]:
+    """Bytes on each worker by class: weights, adapters, gradients, optimizer, activations.
+
+    Activations are a rough bound: what each block keeps (its input only, with gradient checkpointing), the
+    widest block's inside once, and one chunk of logits with its gradient.
+    """
+    shard = config.dp_shard_size or world_size // (config.dp_replicate_size or 1)
+    base, lora = count_base(model), count_lora(config, model) if config.adapter else 0
+    bf16 = bool(config.adapter) and config.bf16 is not False and (use_gpu or config.bf16 is True)
+    compute_bytes = BF16_BYTES if bf16 else FLOAT32_BYTES
+    trained = lora if config.adapter else base
+    tokens = config.micro_batch_size * config.sequence_len
+    hidden = model["hidden_size"]
+    widest = 0
+    inside = 0
+    for kind in block_types(model):
+        width = 4 * hidden + 2 * sum(out for out, _ in linear_shapes(model, kind).values())
+        if kind == "moe":
+            width += model["num_experts_per_tok"] * 3 * sum(out for out, _ in expert_shapes(model).values())
+        widest = max(widest, width)
+        inside += hidden if config.gradient_checkpointing else width
+    logits = 3 * min(tokens, 1024) * model["vocab_size"] * FLOAT32_BYTES
+    return {
+        "weights": base * compute_bytes // shard,
+        "adapters": lora * FLOAT32_BYTES // shard,
+        "gradients": trained * FLOAT32_BYTES // shard,
+        "optimizer": 2 * trained * FLOAT32_BYTES // shard,
+        "activations": tokens * (inside + widest) * compute_bytes + logits,
+    }

@@ -1,0 +1,204 @@
+"""The directory of one run: its names, its writer and its reader. Other tools read it too.
+
+    run.json           resolved config, versions, git revision, data fingerprint, world size, the model
+    metrics.jsonl      train rows and evaluation rows, appended and flushed by rank 0
+    checkpoints/step-N complete if and only if it holds state.json
+    adapter/ | model/  what the run is for
+    completions.jsonl  {"prompt", "completion", "stage": "before" | "after", "step"}
+    data_plan.json     the windows that the run began with
+    progress.json      where the run is now;  stop: somebody asked it to end;  error.log: the full traceback
+    prepared/          shards, where no dataset_prepared_path is given. Content-addressed: kept by `clear`
+    .ray/              Ray Train's own storage
+
+Everything lies on one file system that driver and workers share. What the rows mean is the callers' business.
+"""
+
+import json
+import os
+import re
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_ray.storage import publish_bytes, publish_json, read_json, remove_tree
+
+PREPARED_NAME = "prepared"
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+class RunDir:
+    """Paths and small files of one run. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.run_json = self.path / "run.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints_dir = self.path / "checkpoints"
+        self.adapter_dir = self.path / "adapter"
+        self.model_dir = self.path / "model"
+        self.completions_file = self.path / "completions.jsonl"
+        self.data_plan_file = self.path / "data_plan.json"
+        self.progress_file = self.path / "progress.json"
+        self.stop_file = self.path / "stop"
+        self.error_file = self.path / "error.log"
+        self.ray_dir = self.path / ".ray"
+        self.prepared_dir = self.path / PREPARED_NAME
+
+    # -- does a run live here, and what else ------------------------------------------------------
+
+    def _results(self) -> tuple[Path, ...]:
+        """What one would be sorry to lose: the traces of a run that trained."""
+        folders = (self.checkpoints_dir, self.adapter_dir, self.model_dir)
+        return (self.metrics_file, self.completions_file, *folders)
+
+    def _owned(self) -> tuple[Path, ...]:
+        """Everything that `clear` removes."""
+        helpers = (self.progress_file, self.stop_file, self.error_file, self.data_plan_file, self.ray_dir)
+        return (*self._results(), *helpers, self.run_json)
+
+    def holds_run(self) -> bool:
+        """Whether a run lives here (finished, broken off or under way)."""
+        return self.run_json.exists()
+
+    def has_results(self) -> bool:
+        """Whether anything was recorded: a metrics row, a completion, a checkpoint, an adapter, a model."""
+        return any(
+            path.exists() and (any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0)
+            for path in self._results()
+        )
+
+    def foreign_entries(self) -> list[str]:
+        """Names in the folder that no run writes; hidden files and *.log do not count."""
+        if not self.path.is_dir():
+            return []
+        own = {path.name for path in self._owned()} | {PREPARED_NAME}
+        return sorted(
+            name
+            for name in os.listdir(self.path)
+            if name not in own and not name.startswith(".") and not name.endswith(".log")
+        )
+
+    def clear(self) -> None:
+        """Remove the run, run.json last; leave prepared shards and all that is not the run's."""
+        for path in self._owned():
+            if path.is_dir() and not path.is_symlink():
+                remove_tree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    # -- run.json ---------------------------------------------------------------------------------
+
+    def write_run(self, facts: Mapping[str, Any]) -> None:
+        """Write run.json, replacing what was there."""
+        publish_json(self.run_json, dict(facts))
+
+    def read_run(self) -> dict[str, Any]:
+        """run.json, or {} where there is none."""
+        return dict(_read_json_or_none(self.run_json) or {})
+
+    def update_run(self, facts: Mapping[str, Any]) -> None:
+        """Merge top-level keys into run.json. One writer at a time: the driver, while it trains rank 0."""
+        self.write_run({**self.read_run(), **facts})
+
+    # -- metrics.jsonl and completions.jsonl ------------------------------------------------------
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Append one row and flush it."""
+        _append_jsonl(self.metrics_file, row)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete rows; a line cut short by a kill is left out."""
+        return _read_jsonl(self.metrics_file)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Keep the rows up to and including `step`: what came after it is trained again."""
+        if self.metrics_file.exists():
+            _write_jsonl(self.metrics_file, [row for row in self.read_metrics() if row["step"] <= step])
+
+    def append_completion(self, row: Mapping[str, Any]) -> None:
+        """Append {"prompt", "completion", "stage", "step"}."""
+        _append_jsonl(self.completions_file, row)
+
+    def read_completions(self) -> list[dict[str, Any]]:
+        """All complete rows of completions.jsonl."""
+        return _read_jsonl(self.completions_file)
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def checkpoint_dir(self, step: int) -> Path:
+        """Where the checkpoint of `step` lies once it is complete."""
+        return self.checkpoints_dir / f"step-{step}"
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        if not self.checkpoints_dir.is_dir():
+            return []
+        found = []
+        for path in self.checkpoints_dir.iterdir():
+            match = _STEP_FOLDER.fullmatch(path.name)
+            if match and (path / "state.json").is_file():
+                found.append((int(match.group(1)), path))
+        return [path for _, path in sorted(found)]
+
+    def newest_checkpoint(self) -> Path | None:
+        """The complete checkpoint with the highest step, or None."""
+        complete = self.complete_checkpoints()
+        return complete[-1] if complete else None
+
+    # -- progress and stop ------------------------------------------------------------------------
+
+    def write_progress(self, progress: Mapping[str, Any]) -> None:
+        """Say where the run is. Atomic, not fsynced: it is written often and worth nothing after a crash."""
+        partial = self.path / f".progress.{uuid.uuid4().hex[:12]}.partial"
+        partial.write_text(json.dumps(dict(progress)), encoding="utf-8")
+        os.replace(partial, self.progress_file)
+
+    def read_progress(self) -> dict[str, Any]:
+        """The newest progress, or {} before the first."""
+        return dict(_read_json_or_none(self.progress_file) or {})
+
+    def request_stop(self) -> None:
+        """Ask the workers to save a checkpoint and end."""
+        publish_bytes(self.stop_file, b"")
+
+    def stop_requested(self) -> bool:
+        """Whether somebody asked the run to end."""
+        return self.stop_file.exists()
+
+    def clear_stop(self) -> None:
+        """Forget an earlier request, and earlier progress: called before a run starts."""
+        self.stop_file.unlink(missing_ok=True)
+        self.progress_file.unlink(missing_ok=True)
+
+
+def _read_json_or_none(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
+        file.flush()
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # cut short by a kill
+            continue
+    return rows
+
+
+def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    publish_bytes(path, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))

@@ -1,0 +1,58 @@
+"""`python -m nemo_ray.train CONFIG.yaml [key=value ...]`: train as the file says."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from nemo_ray.errors import NemoRayError
+
+EPILOG = """\
+examples:
+  python -m nemo_ray.train configs/quickstart.yaml
+  python -m nemo_ray.train run.yaml learning_rate=1e-4 lora_r=32 ray.num_workers=4
+  python -m nemo_ray.train run.yaml resume_from_checkpoint=auto
+  ray job submit --working-dir . -- python -m nemo_ray.train run.yaml
+
+exit codes: 0 done, 1 the run failed, 2 the configuration is wrong (nothing was started),
+130 stopped by Ctrl-C or SIGTERM (a checkpoint is saved first; a second signal stops at once)
+"""
+
+
+def parser(program: str) -> argparse.ArgumentParser:
+    """The command line of training."""
+    result = argparse.ArgumentParser(
+        prog=program,
+        description="Fine-tune a Nemotron-H model on Ray. The keys are listed in docs/config.md.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
+    result.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="replaces a key of the file; ray.key=value for one of the ray section, key= to remove it",
+    )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None, program: str = "python -m nemo_ray.train") -> int:
+    """Returns the exit code. A configuration that is refused is refused before torch or Ray are loaded."""
+    given = parser(program).parse_args(arguments)
+    try:
+        from nemo_ray.config.load import load_config
+
+        loaded = load_config(given.config, given.overrides)
+        from nemo_ray.train.launch import run
+
+        return run(loaded)
+    except NemoRayError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

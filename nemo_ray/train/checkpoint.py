@@ -1,0 +1,140 @@
+"""Training checkpoints: what trains, its optimizer state, and where the run was, in one folder.
+
+Written with torch.distributed.checkpoint, so that it can be read on another number of workers. The frozen
+base is not in it. A folder is complete if and only if it holds state.json; it gets its name last.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from nemo_ray.errors import CheckpointError
+from nemo_ray.run_dir import RunDir
+from nemo_ray.storage import publish_folder, publish_json, read_json, remove_tree
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """Where a run is. Counts, not positions in files: it means the same on any number of workers."""
+
+    step: int = 0
+    cursor: int = 0  # packs consumed, in global order, over all epochs
+    epoch: float = 0.0  # rows consumed / rows of an epoch
+    data_hash: str = ""
+
+
+def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Names to tensors: parameters as named, AdamW's states behind "optimizer/NAME/STATE"."""
+    state: dict[str, Any] = {name: parameter.detach() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            state[f"optimizer/{name}/{key}"] = value
+    return state
+
+
+def _start_states(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Give AdamW the states that its first step would make, as places to load into."""
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+
+
+def save_checkpoint(
+    run: RunDir,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    keep: int | None,
+) -> None:
+    """Write `checkpoints/step-N`; every rank calls it. Rank 0 then deletes all but the newest `keep`.
+
+    Raises: CheckpointError where the disk does not take it.
+    """
+    final = run.checkpoint_dir(state.step)
+    if (final / "state.json").exists():
+        return
+    partial = final.with_name(f".{final.name}.partial")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    tensors = _tensors(parameters, optimizer)
+    tensors[f"rng/{dist.get_rank()}"] = torch.get_rng_state()
+    try:
+        dcp.save(tensors, checkpoint_id=partial)
+        if first:
+            publish_json(partial / "state.json", asdict(state))
+            publish_folder(partial, final)
+            if keep is not None:
+                for old in run.complete_checkpoints()[:-keep]:
+                    remove_tree(old)
+    except (OSError, dcp.api.CheckpointException) as error:
+        raise CheckpointError(f"{final} could not be written: {_cause(error)}") from None
+    dist.barrier()
+
+
+def load_checkpoint(
+    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> TrainState:
+    """Read a complete checkpoint into parameters and optimizer, whatever the sharding; every rank calls it.
+
+    Raises: CheckpointError where it is not complete, or of another adapter.
+    """
+    try:
+        state = TrainState(**read_json(folder / "state.json"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {folder} is no complete checkpoint (no state.json)"
+        ) from None
+    _start_states(parameters, optimizer)
+    tensors = _tensors(parameters, optimizer)
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    _check_same(folder, tensors, saved)
+    rng = f"rng/{dist.get_rank()}"
+    if rng in saved:
+        tensors[rng] = torch.get_rng_state()
+    dcp.load(tensors, checkpoint_id=folder)
+    if rng in saved:
+        torch.set_rng_state(tensors[rng])
+    for name, parameter in parameters.items():  # scalars are replaced in the dict, not filled in place
+        for key in optimizer.state[parameter]:
+            optimizer.state[parameter][key] = tensors[f"optimizer/{name}/{key}"]
+    return state
+
+
+def _check_same(folder: Path, wanted: Mapping[str, torch.Tensor], saved: Mapping[str, Any]) -> None:
+    for name, tensor in wanted.items():
+        found = getattr(saved.get(name), "size", None)
+        if found is None or tuple(found) != tuple(tensor.shape):
+            has = tuple(found) if found is not None else "nothing"
+            raise CheckpointError(
+                f"resume_from_checkpoint: {folder} does not fit this config: {name} is "
+                f"{tuple(tensor.shape)}, the checkpoint has {has}"
+            )
+    extra = [name for name in saved if name not in wanted and not name.startswith("rng/")]
+    if extra:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {folder} does not fit this config: nothing here takes its {extra[0]}"
+        )
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost message of a collective failure."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return str(error) or type(error).__name__

@@ -1,0 +1,280 @@
+"""The driver of a run: everything from a checked configuration to an exit code.
+
+It owns the order of things, the messages and the end of the run. It imports no torch, and Ray only through
+cluster.py.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from nemo_ray.config.load import LoadedConfig
+from nemo_ray.config.schema import Config, DataSection
+from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.order import window_order
+from nemo_ray.data.sources import plan_data
+from nemo_ray.errors import ClusterError, NemoRayError
+from nemo_ray.plan import estimate_memory
+from nemo_ray.run_dir import RunDir
+from nemo_ray.storage import read_json
+from nemo_ray.train import cluster, outputs, resources, summary
+from nemo_ray.train.failures import one_line, root_cause
+from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
+from nemo_ray.train.interrupts import Interrupts
+from nemo_ray.train.progress import BEFORE_TRAINING, ProgressDisplay
+
+_POLL_S = 0.2
+_END_AFTER_DATA_FAILED_S = 120.0
+
+
+def prepare_data(
+    plan: DataPlan, config: Config, stop: threading.Event, progress: Callable[[int, int], None]
+) -> None:
+    """Make the missing shards in the order in which training will ask for them."""
+    from nemo_ray.data.pipeline import prepare
+
+    prepare(
+        plan,
+        config.data,
+        config.base_model,
+        order=window_order(plan, config.seed),
+        num_cpus=resources.DATA_TASK_CPUS,
+        stop=stop,
+        progress=progress,
+    )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The work that a launch orders; tests hand in their own."""
+
+    plan: Callable[[DataSection, str, str], DataPlan] = plan_data
+    prepare: Callable[[DataPlan, Config, threading.Event, Callable[[int, int], None]], None] = prepare_data
+    worker: cluster.WorkerFunction | None = None
+    """What runs on each worker; None is train.worker.train_worker."""
+
+
+def run(loaded: LoadedConfig) -> int:
+    """Train as configured; returns the exit code: 0, 1 failed, 2 refused, 130 stopped by a signal."""
+    return Launch(loaded, Parts()).run()
+
+
+class Background:
+    """A function in a thread of its own, its result or its error."""
+
+    def __init__(self, name: str, function: Callable[[], Any]) -> None:
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._function = function
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._function()
+        except BaseException as error:
+            self.error = error
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, after at most `seconds`."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+
+class Launch:
+    """One run from the driver's side. Use once."""
+
+    def __init__(self, loaded: LoadedConfig, parts: Parts) -> None:
+        self.notices, self.parts = loaded.notices, parts
+        self.job_id = outputs.submission_id(os.environ)
+        self.config = outputs.resolve_paths(loaded.config, self.job_id is not None, Path.cwd())
+        self.run_dir = RunDir(self.config.output_dir)
+        self.console = Console(highlight=False)
+        self.errors = Console(stderr=True, highlight=False)
+        self.environment = cluster.Environment()
+        self.stop_data = threading.Event()
+        self.interrupts = Interrupts(self._release)
+        self.started_s = time.monotonic()
+        self.begun = False
+        self._releasing = threading.Lock()
+
+    def run(self) -> int:
+        """Do it all; every way out ends Ray and says in one line what happened."""
+        code = 1
+        with self.interrupts:
+            try:
+                code = self._run()
+            except KeyboardInterrupt:
+                code = INTERRUPTED
+                newest = self.run_dir.newest_checkpoint() if self.begun else None
+                self.say(f"stopped; newest checkpoint: {newest or 'none, training had not begun'}")
+            except Exception as error:
+                code = self._fail(error)
+            finally:
+                self._release()
+                self._record_end(code)
+        return code
+
+    def say(self, text: str) -> None:
+        """One line to the user."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    # -- the order of things ---------------------------------------------------------------------
+
+    def _run(self) -> int:
+        config, run = self.config, self.run_dir
+        self.say(f"output: {run.path}")
+        start = outputs.decide_start(run, config)
+        address = cluster.address_to_join(config.ray, os.environ)
+        resources.require_num_workers(config.ray, connected=address is not None)
+        plan = self.parts.plan(config.data, config.base_model, config.dataset_prepared_path or "")
+        if start.checkpoint is not None:
+            outputs.check_plan(run, plan)
+        wanted, beside = self._enter_ray(address)
+        self.interrupts.collect()
+        outputs.begin(run, start, plan)
+        self.begun = True
+        outputs.record_run(run, outputs.run_facts(config, plan, wanted.num_workers, self.job_id))
+        where = f"the Ray cluster at {address}" if address else "a Ray of its own on this machine"
+        self._print_plan(plan, wanted, where, start)
+        self._train(plan, wanted, beside)
+        if self.interrupts.count:
+            newest = run.newest_checkpoint()
+            self.say(f"stopped; go on with resume_from_checkpoint=auto (newest checkpoint: {newest})")
+            return INTERRUPTED
+        self.console.print()
+        summary.print_completions(self.console, run)
+        summary.print_rows(self.console, summary.result_rows(run, time.monotonic() - self.started_s))
+        return 0
+
+    def _enter_ray(self, address: str | None) -> tuple[resources.Demand, bool]:
+        """Start or join Ray. Returns the workers' demand, and whether data is prepared beside them."""
+        if address is None:
+            wanted = resources.demand(self.config, resources.gpus_here(os.environ))
+            cluster.start_local(resources.local_cpus(wanted), self.environment)
+            nodes = cluster.nodes()
+        else:
+            cluster.connect(address, self.environment)
+            nodes = cluster.nodes()
+            wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in nodes))
+        return wanted, resources.place(wanted, nodes, self.config.ray.accelerator_type)
+
+    def _print_plan(self, plan: DataPlan, wanted: resources.Demand, where: str, start: outputs.Start) -> None:
+        config = self.config
+        shape: Mapping[str, Any] = read_json(Path(config.base_model) / "config.json")
+        memory = estimate_memory(config, shape, wanted.num_workers, wanted.use_gpu)
+        rows = [
+            ("model", config.base_model),
+            ("", summary.describe_model(shape)),
+            ("adapter", summary.describe_adapter(config)),
+            *summary.describe_data(config, plan, wanted.num_workers),
+            ("prepared", plan.directory),
+            ("workers", summary.describe_workers(wanted, config, where)),
+            ("memory", summary.describe_memory(memory)),
+        ]
+        if start.checkpoint is not None:
+            rows.append(("resumes", str(start.checkpoint)))
+        summary.print_rows(self.console, rows)
+        for notice in (*self.notices, *plan.notices):
+            self.say(f"note: {notice}")
+
+    def _train(self, plan: DataPlan, wanted: resources.Demand, beside: bool) -> None:
+        """Prepare data and train; returns when the workers ended well, or after a signal."""
+        config, run = self.config, self.run_dir
+        with ProgressDisplay(self.console, run, live=self.console.is_terminal) as display:
+            display.stage("preparing data")
+            data = Background("data", lambda: self.parts.prepare(plan, config, self.stop_data, display.data))
+            if not beside:
+                display.say("note: the workers take all CPUs, so all data is prepared before they start")
+                self._watch(display, data, data)
+                if data.error is not None:
+                    raise data.error
+            display.stage(f"starting {wanted.num_workers} worker{'s' if wanted.num_workers > 1 else ''}")
+            loop_config = {"config": config, "plan": plan, "output_dir": str(run.path)}
+            fit = Background(
+                "fit", lambda: cluster.fit(self.parts.worker, loop_config, run, wanted, config.ray)
+            )
+            self._watch(display, fit, data)
+        if self.interrupts.count:
+            if fit.error is not None:
+                self._tell(fit.error)
+        elif data.error is not None or fit.error is not None:
+            raise data.error or fit.error or AssertionError("one of them is there")
+
+    def _watch(self, display: ProgressDisplay, work: Background, data: Background) -> None:
+        """Show progress until `work` has ended; pass a signal, or the end of the data, on to the workers."""
+        stopping = False
+        give_up_s = float("inf")
+        while not work.wait(_POLL_S):
+            with contextlib.suppress(OSError):  # a hiccup of the file system is no reason to end a run
+                display.poll()
+            if self.interrupts.count and not stopping:
+                if display.phase in (None, *BEFORE_TRAINING):
+                    raise KeyboardInterrupt
+                stopping = True
+                self.run_dir.request_stop()
+                display.say("stopping: saving a checkpoint (again to stop at once)")
+            if data.error is not None and not stopping:
+                stopping = True
+                self.run_dir.request_stop()
+                give_up_s = time.monotonic() + _END_AFTER_DATA_FAILED_S
+            if time.monotonic() > give_up_s:
+                return
+        display.poll()
+
+    # -- ends ------------------------------------------------------------------------------------
+
+    def _fail(self, error: BaseException) -> int:
+        """Say in one line what went wrong and return the exit code."""
+        self._tell(error)
+        cause = root_cause(error)
+        return cause.exit_code if isinstance(cause, NemoRayError) else 1
+
+    def _tell(self, error: BaseException) -> None:
+        cause = root_cause(error)
+        line = one_line(error)
+        if self.begun:
+            who = "driver" if cause is error else "driver, about a worker"
+            text = "".join(traceback.format_exception(error))
+            cluster.log_traceback(self.run_dir.error_file, who, text)
+            if not isinstance(cause, NemoRayError) or isinstance(cause, ClusterError):
+                line += f" (full traceback: {self.run_dir.error_file})"
+        elif not isinstance(cause, NemoRayError):
+            self.errors.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
+        for part in line.splitlines():
+            self.errors.print(Text(f"error: {part}"), soft_wrap=True)
+
+    def _release(self) -> None:
+        """End the data pipeline and Ray: at every end, and at a second signal while the first is served."""
+        if not self._releasing.acquire(blocking=False):
+            return
+        self.stop_data.set()
+        if "ray" in sys.modules:
+            cluster.shutdown()
+        self.environment.restore()
+
+    def _record_end(self, code: int) -> None:
+        """Note how it ended; a run that recorded nothing leaves nothing for a next one to stumble over."""
+        run = self.run_dir
+        if not self.begun:
+            return
+        shutil.rmtree(run.ray_dir, ignore_errors=True)
+        run.stop_file.unlink(missing_ok=True)
+        if code != 0 and not run.has_results():
+            for path in (run.run_json, run.data_plan_file, run.progress_file):
+                path.unlink(missing_ok=True)
+            return
+        outcome = {0: "finished", INTERRUPTED: "stopped"}.get(code, "failed")
+        run.update_run({"outcome": outcome, "ended_at": datetime.now(UTC).isoformat(timespec="seconds")})

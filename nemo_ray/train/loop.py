@@ -1,0 +1,278 @@
+"""The run on one worker: read, step, log, evaluate, save. Knows no Ray; it is handed `report`.
+
+The loss of a step is the sum of its token losses divided by its number of target tokens, counted over all
+workers and micro-batches before the first forward pass. So how a step is split never changes its result.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nemo_ray.config.schema import TrainSection
+from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.packing import Pack
+from nemo_ray.data.reader import EvalReader, PackReader, StepPacks
+from nemo_ray.model.batch import PackedBatch
+from nemo_ray.run_dir import RunDir
+from nemo_ray.train.checkpoint import TrainState, save_checkpoint
+from nemo_ray.train.loss import IGNORED, next_token_targets
+from nemo_ray.train.metrics import extend_hash, passed_multiple, peak_memory_bytes
+from nemo_ray.train.optim import clip_gradients, learning_rate
+from nemo_ray.train.parallelize import Parallel
+
+Report = Callable[[Mapping[str, Any]], None]
+PROGRESS_INTERVAL_S = 0.2
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass: packs and what their tokens must predict (B, T)."""
+
+    batch: PackedBatch
+    targets: torch.Tensor
+
+    @classmethod
+    def collate(cls, packs: Sequence[Pack], device: torch.device) -> "MicroBatch":
+        """Stack packs of T tokens to (B, T) on `device`."""
+        ids = torch.from_numpy(np.stack([pack.input_ids for pack in packs])).long().to(device)
+        labels = torch.from_numpy(np.stack([pack.labels for pack in packs])).long().to(device)
+        batch = PackedBatch.from_lengths(ids, [pack.lengths.tolist() for pack in packs])
+        return cls(batch, next_token_targets(labels, batch.seq_idx))
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained, and with what; the base inside `model` may be shared by several of these one day."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    parallel: Parallel
+    device: torch.device
+
+
+class Trainer:
+    """One worker's part in a run of `train` over the packs of `plan`."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        train: TrainSection,
+        plan: DataPlan,
+        run: RunDir,
+        report: Report,
+        state: TrainState,
+    ) -> None:
+        self.trainee, self.train, self.plan, self.run_dir, self.report = trainee, train, plan, run, report
+        self.state = state
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.eval_loss: float | None = None
+        self.started_s = time.monotonic()
+        self.started_progress = self._progress(state.epoch, state.step)
+        self._progress_written_s = 0.0
+        self._saved_step = state.step if state.step else -1
+        self._evaluated_step = -1
+
+    # -- the run ---------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Train to the end, or until somebody asks for a stop; returns whether the end was reached."""
+        if self.state.step == 0:
+            self.evaluate()
+        reader = PackReader(
+            self.plan,
+            seed=self.train.seed,
+            num_epochs=math.inf if self.train.max_steps else self.train.num_epochs,
+            rank=self.rank,
+            world_size=self.world_size,
+            packs_per_step=self.world_size * self._packs_per_rank(),
+            cursor=self.state.cursor,
+        )
+        finished = True
+        while not (self.train.max_steps and self.state.step >= self.train.max_steps):
+            packs = reader.next_step()
+            if packs is None:
+                break
+            if not self.step(packs):
+                finished = False
+                break
+        if finished and self._evaluated_step != self.state.step:
+            self.evaluate()
+        self.save()
+        return finished
+
+    def step(self, packs: StepPacks) -> bool:
+        """One optimizer step, and what is due after it; False where a stop was asked for and nothing done."""
+        began_s = time.monotonic()
+        before = self._progress(self.state.epoch, self.state.step)
+        after = self._progress(packs.epoch, self.state.step + 1)
+        num_targets, num_tokens, stop = self._sum_over_workers(
+            sum(pack.num_targets for pack in packs.packs),
+            sum(pack.num_tokens for pack in packs.packs),
+            int(self.rank == 0 and self.run_dir.stop_requested()),
+        )
+        if stop:
+            return False
+        rate = learning_rate(self.train, self.state.step, before, after)
+        loss_sum, grad_norm = self._update(packs.packs, num_targets, rate)
+        self.state.step += 1
+        self.state.cursor, self.state.epoch = packs.cursor, packs.epoch
+        self.state.data_hash = extend_hash(self.state.data_hash, packs.sample_ids)
+        if self.state.step % self.train.logging_steps == 0:
+            self._log(loss_sum, grad_norm, rate, num_targets, num_tokens, began_s, packs.wait_s)
+        if self._due(self.train.eval_steps, self.train.evals_per_epoch, before, after):
+            self.evaluate()
+        if self._due(self.train.save_steps, self.train.saves_per_epoch, before, after):
+            self.save()
+        return True
+
+    def _update(
+        self, packs: Sequence[Pack], num_targets: int, rate: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward, backward and AdamW over this rank's packs; its loss sum, and the gradient norm of all."""
+        trainee, size = self.trainee, self.train.micro_batch_size
+        starts = range(0, len(packs), size)
+        loss_sum = torch.zeros((), device=trainee.device)
+        scale = trainee.parallel.loss_scale / max(1, num_targets)
+        for start in starts:
+            micro = MicroBatch.collate(packs[start : start + size], trainee.device)
+            trainee.parallel.set_last_micro_batch(start == starts[-1])
+            loss = -trainee.model.target_log_probs(micro.batch, micro.targets).sum()
+            (loss * scale).backward()
+            loss_sum += loss.detach()
+        parameters = list(trainee.parameters.values())
+        trainee.parallel.sync_gradients(parameters)
+        grad_norm = clip_gradients(parameters, self.train.max_grad_norm)
+        for group in trainee.optimizer.param_groups:
+            group["lr"] = rate
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad(set_to_none=True)
+        return loss_sum, grad_norm
+
+    @torch.no_grad()
+    def evaluate(self) -> float | None:
+        """Loss a target token over the held-out packs; None where there are none."""
+        if not self.plan.eval_windows:
+            return None
+        self.write_progress("evaluating", now=True)
+        trainee, size = self.trainee, self.train.micro_batch_size
+        reader = EvalReader(
+            self.plan, rank=self.rank, world_size=self.world_size, packs_per_step=self.world_size * size
+        )
+        total = torch.zeros(2, dtype=torch.float64, device=trainee.device)
+        trainee.model.eval()
+        while (packs := reader.next_step()) is not None:
+            micro = MicroBatch.collate(packs.packs, trainee.device)
+            total[0] -= trainee.model.target_log_probs(micro.batch, micro.targets).double().sum()
+            total[1] += (micro.targets != IGNORED).sum()
+        trainee.model.train()
+        dist.all_reduce(total)
+        if not total[1]:
+            return None
+        self.eval_loss = float(total[0] / total[1])
+        self._evaluated_step = self.state.step
+        if self.rank == 0:
+            self.run_dir.append_metrics({"step": self.state.step, "eval_loss": self.eval_loss})
+        self.report({"step": self.state.step, "eval_loss": self.eval_loss})
+        self.write_progress("training", now=True)
+        return self.eval_loss
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step, unless that exists or nothing was trained."""
+        if self.state.step == 0 or self._saved_step == self.state.step:
+            return
+        self.write_progress("saving", now=True)
+        save_checkpoint(
+            self.run_dir,
+            self.trainee.parameters,
+            self.trainee.optimizer,
+            self.state,
+            self.train.save_total_limit,
+        )
+        self._saved_step = self.state.step
+        self.report({"step": self.state.step, "eval_loss": self.eval_loss})
+        self.write_progress("training", now=True)
+
+    # -- small parts -----------------------------------------------------------------------------
+
+    def _packs_per_rank(self) -> int:
+        return self.train.micro_batch_size * self.train.gradient_accumulation_steps
+
+    def _progress(self, epoch: float, step: int) -> float:
+        """Part of the run that is done, 0 to 1: by steps where max_steps is set, else by rows."""
+        if self.train.max_steps:
+            return min(1.0, step / self.train.max_steps)
+        return min(1.0, epoch / self.train.num_epochs)
+
+    def _due(self, every: int | None, per_epoch: int | None, before: float, after: float) -> bool:
+        if every:
+            return self.state.step % every == 0
+        epochs = self.train.num_epochs
+        return passed_multiple(before * epochs, after * epochs, per_epoch)
+
+    def _sum_over_workers(self, *counts: int) -> list[int]:
+        """Sum small integers over all workers, on the CPU: it never waits for the GPU."""
+        total = torch.tensor(counts, dtype=torch.int64)
+        dist.all_reduce(total)
+        return [int(count) for count in total]
+
+    def _log(
+        self,
+        loss_sum: torch.Tensor,
+        grad_norm: torch.Tensor,
+        rate: float,
+        num_targets: int,
+        num_tokens: int,
+        began_s: float,
+        wait_s: float,
+    ) -> None:
+        dist.all_reduce(loss_sum)
+        if self.rank != 0:
+            return
+        loss, norm = float(loss_sum) / max(1, num_targets), float(grad_norm)
+        step_s = time.monotonic() - began_s + wait_s
+        row = {
+            "step": self.state.step,
+            "epoch": self.state.epoch,
+            "cursor": self.state.cursor,
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens": num_tokens,
+            "target_tokens": num_targets,
+            "tokens_per_s": num_tokens / step_s,
+            "step_s": step_s,
+            "data_wait_s": wait_s,
+            "peak_memory_bytes": peak_memory_bytes(self.trainee.device),
+            "data_hash": self.state.data_hash,
+        }
+        self.run_dir.append_metrics(row)
+        self.write_progress("training", loss=loss, lr=rate, tokens_per_s=row["tokens_per_s"])
+
+    def write_progress(self, phase: str, now: bool = False, **figures: float) -> None:
+        """Tell the driver where the run is; often enough for an eye, seldom enough to cost nothing."""
+        clock_s = time.monotonic()
+        if self.rank != 0 or (not now and clock_s - self._progress_written_s < PROGRESS_INTERVAL_S):
+            return
+        self._progress_written_s = clock_s
+        done = self._progress(self.state.epoch, self.state.step)
+        gained = done - self.started_progress
+        eta_s = (clock_s - self.started_s) / gained * (1 - done) if gained > 0 else None
+        self.run_dir.write_progress(
+            {
+                "phase": phase,
+                "step": self.state.step,
+                "max_steps": self.train.max_steps,
+                "progress": done,
+                "eta_s": eta_s,
+                "eval_loss": self.eval_loss,
+                **figures,
+            }
+        )

@@ -1,0 +1,32 @@
+"""The figures of a run: the running hash of its samples, peak memory, and when something is due."""
+
+import hashlib
+import math
+import resource
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def extend_hash(previous: str, sample_ids: Sequence[np.ndarray]) -> str:
+    """Hash of all samples so far: of the hash before, and a step's (source, row) arrays in global order."""
+    digest = hashlib.blake2b(previous.encode(), digest_size=16)
+    for ids in sample_ids:
+        digest.update(np.ascontiguousarray(ids, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process held: reserved on its GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def passed_multiple(before: float, after: float, times_per_unit: float | None) -> bool:
+    """Whether a multiple of 1 / times_per_unit lies in (before, after]."""
+    if not times_per_unit:
+        return False
+    slack = 1e-9
+    return math.floor(after * times_per_unit + slack) > math.floor(before * times_per_unit + slack)

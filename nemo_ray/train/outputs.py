@@ -1,0 +1,223 @@
+"""Where a run's files go, whether they may go there, and the facts that run.json records."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nemo_ray.config.schema import Config, DatasetSpec
+from nemo_ray.data.manifest import DataPlan
+from nemo_ray.errors import ConfigError
+from nemo_ray.run_dir import RunDir
+from nemo_ray.storage import publish_json, read_json
+
+DEFAULT_STORAGE_PATH = "~/nemo_ray"
+# Ray 2.60 hands the metadata of a submitted job to its driver in this variable.
+_JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_PACKAGES = ("nemo_ray", "ray", "torch", "transformers", "peft", "pyarrow")
+
+
+def submission_id(environ: Mapping[str, str]) -> str | None:
+    """The id of the `ray job submit` that this process is the driver of, or None."""
+    try:
+        metadata = json.loads(environ[_JOB_CONFIG_VARIABLE])["metadata"]
+        return str(metadata["job_submission_id"])
+    except (KeyError, TypeError, json.JSONDecodeError):
+        return None
+
+
+def resolve_paths(config: Config, job: bool, cwd: Path) -> Config:
+    """The configuration with absolute output paths, and input paths that a worker on another node can open.
+
+    Outputs (output_dir, dataset_prepared_path) are relative to `ray.storage_path` in a submitted job, whose
+    working directory is a throw-away copy, and to `cwd` elsewhere. Inputs stay as they are in a job, since
+    Ray gives every worker its own copy of that working directory; elsewhere they become absolute.
+    """
+    storage = Path(config.ray.storage_path or DEFAULT_STORAGE_PATH).expanduser()
+    base = (cwd / storage) if job else cwd
+    output_dir = os.path.normpath(base / config.output_dir)
+    prepared = config.dataset_prepared_path
+    update: dict[str, Any] = {
+        "output_dir": output_dir,
+        "dataset_prepared_path": os.path.normpath(base / prepared)
+        if prepared is not None
+        else str(RunDir(output_dir).prepared_dir),
+    }
+    # What earlier runs wrote is looked for where this one would write it.
+    for name in ("lora_model_dir", "resume_from_checkpoint"):
+        value = getattr(config, name)
+        if value is not None and value != "auto":
+            update[name] = str(base / value if not (cwd / value).exists() else cwd / value)
+    if not job:
+        update["base_model"] = _absolute(config.base_model, cwd)
+        update["chat_template"] = _absolute(config.chat_template, cwd)
+        update["datasets"] = tuple(_absolute_dataset(spec, cwd) for spec in config.datasets)
+        update["test_datasets"] = tuple(_absolute_dataset(spec, cwd) for spec in config.test_datasets)
+    return config.model_copy(update=update)
+
+
+def _absolute(path: str, cwd: Path) -> str:
+    """`path` made absolute where it names something; a hub name or a keyword stays as it is."""
+    return str(cwd / path) if (cwd / path).exists() else path
+
+
+def _absolute_dataset(spec: DatasetSpec, cwd: Path) -> DatasetSpec:
+    return spec.model_copy(update={"path": _absolute(spec.path, cwd)})  # data_files lie in that folder
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: from a checkpoint or fresh; `replace`: the run that lies there goes first."""
+
+    checkpoint: Path | None
+    replace: bool
+
+
+def decide_start(run: RunDir, config: Config) -> Start:
+    """Whether and how this run may use its directory. Changes nothing.
+
+    Raises: ConfigError where a run or foreign files would be overwritten, or the checkpoint is not there.
+    """
+    if run.path.exists() and not run.path.is_dir():
+        raise ConfigError(f"output_dir: {run.path} is a file; name a folder")
+    resume = config.resume_from_checkpoint
+    if resume == "auto":
+        checkpoint = run.newest_checkpoint()
+        if checkpoint is not None:
+            return Start(checkpoint, replace=False)
+        finished = run.adapter_dir.exists() or run.model_dir.exists()
+        if run.holds_run() and not finished:
+            return Start(None, replace=True)  # broken off before its first checkpoint
+    elif resume is not None:
+        checkpoint = Path(resume)
+        if not (checkpoint / "state.json").is_file():
+            raise ConfigError(f"resume_from_checkpoint: {resume} is no complete checkpoint (no state.json)")
+        if checkpoint.resolve().parent == run.checkpoints_dir.resolve():
+            return Start(checkpoint, replace=False)
+        _refuse_a_run(run)
+        return Start(checkpoint, replace=False)
+    if config.overwrite:
+        return Start(None, replace=_may_replace(run))
+    _refuse_a_run(run)
+    return Start(None, replace=False)
+
+
+def _refuse_a_run(run: RunDir) -> None:
+    if run.holds_run():
+        raise ConfigError(
+            f"output_dir: {run.path} already holds a run; continue it with resume_from_checkpoint=auto, "
+            "replace it with overwrite=true, or name another output_dir"
+        )
+    if run.has_results():
+        raise ConfigError(
+            f"output_dir: {run.path} holds results that would be overwritten, but no run.json; "
+            "name another output_dir"
+        )
+
+
+def _may_replace(run: RunDir) -> bool:
+    """True where there is a run to replace. Refuses a folder that is not a run's."""
+    if run.holds_run():
+        return True
+    foreign = run.foreign_entries()
+    if foreign or run.has_results():
+        shown = ", ".join(foreign[:3]) or "results without a run.json"
+        raise ConfigError(
+            f"output_dir: {run.path} is not the folder of a run (it holds {shown}), so overwrite=true "
+            "leaves it alone; name another output_dir"
+        )
+    return False
+
+
+def begin(run: RunDir, start: Start, plan: DataPlan) -> None:
+    """Make the directory ready as `decide_start` said, and pin the data plan of a run that begins anew."""
+    if start.replace:
+        run.clear()
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.clear_stop()
+    run.error_file.unlink(missing_ok=True)
+    if start.checkpoint is not None and start.checkpoint.resolve().parent == run.checkpoints_dir.resolve():
+        # Later checkpoints belong to a course that is now left; a restart must not pick them up.
+        complete = run.complete_checkpoints()
+        names = [path.name for path in complete]
+        for later in complete[names.index(start.checkpoint.name) + 1 :]:
+            later.rename(later.with_name(f"{later.name}.superseded-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
+    if start.checkpoint is None or not run.data_plan_file.exists():
+        publish_json(run.data_plan_file, plan.to_json())
+
+
+def check_plan(run: RunDir, plan: DataPlan) -> None:
+    """Hold the data plan of a run that is continued against the one that it began with.
+
+    Raises: ConfigError where the data changed since: its order could not be continued exactly.
+    """
+    if not run.data_plan_file.exists():
+        return
+    began = DataPlan.from_json(read_json(run.data_plan_file))
+    if _identity(began) != _identity(plan):
+        raise ConfigError(
+            f"resume_from_checkpoint: the data of {run.path} changed since the run began (fingerprint "
+            f"{began.fingerprint}, now {plan.fingerprint}); restore its files and data keys, "
+            "or start anew in another output_dir"
+        )
+
+
+def _identity(plan: DataPlan) -> tuple[object, ...]:
+    return plan.fingerprint, plan.windows, plan.eval_windows
+
+
+def run_facts(config: Config, plan: DataPlan, world_size: int, job_id: str | None) -> dict[str, Any]:
+    """What run.json says when a run begins."""
+    return {
+        "config": config.to_dict(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "git_revision": git_revision(Path.cwd()),
+        "data_fingerprint": plan.fingerprint,
+        "world_size": world_size,
+        "submission_id": job_id,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def record_run(run: RunDir, facts: Mapping[str, Any]) -> None:
+    """Write run.json; a continued run keeps what it said before under "earlier", oldest first."""
+    before = run.read_run()
+    earlier = before.pop("earlier", [])
+    if before:
+        kept = ("started_at", "ended_at", "outcome", "world_size", "git_revision", "versions")
+        earlier = [*earlier, {name: before[name] for name in kept if name in before}]
+    run.write_run({**facts, **({"earlier": earlier} if earlier else {})})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        if package == "nemo_ray":  # run from a source tree, as under `ray job submit --working-dir .`
+            from nemo_ray import __version__
+
+            return __version__
+        return None
+
+
+def git_revision(folder: Path) -> str | None:
+    """The commit that `folder` is on, with "+changes" where tracked files differ; None outside git."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    if not commit:
+        return None
+    return commit + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

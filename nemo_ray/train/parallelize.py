@@ -1,0 +1,95 @@
+"""How a model lies over the workers: recomputation first, then FSDP2 over a mesh, or plain copies.
+
+Three layouts, from two integers whose product is the number of workers:
+- shard = all: each worker holds a part of every block (FSDP2);
+- replicate x shard: sharded within a group, copied across groups (HSDP);
+- shard = 1: each worker holds the whole model, and only gradients are summed. FSDP2 would keep a second copy.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from nemo_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the mesh's two axes."""
+
+    replicate: int
+    shard: int
+
+    @classmethod
+    def choose(cls, world_size: int, shard: int | None, replicate: int | None) -> "Layout":
+        """Fill in what is not given; everything is sharded by default.
+
+        Raises: ConfigError where the sizes do not multiply to `world_size`.
+        """
+        if shard is None:
+            shard = world_size // (replicate or 1)
+        if replicate is None:
+            replicate = world_size // shard
+        if replicate * shard != world_size:
+            raise ConfigError(
+                f"dp_replicate_size ({replicate}) x dp_shard_size ({shard}) must be the number of workers, "
+                f"{world_size}"
+            )
+        return cls(replicate, shard)
+
+
+class Parallel:
+    """What the step needs to know of the layout."""
+
+    def __init__(self, model: nn.Module, layout: Layout, world_size: int) -> None:
+        self.model = model
+        self.sharded = layout.shard > 1
+        self.world_size = world_size
+        # FSDP2 averages gradients over all workers; the loss is divided by the global number of targets.
+        self.loss_scale = float(world_size) if self.sharded else 1.0
+
+    def set_last_micro_batch(self, last: bool) -> None:
+        """Reduce gradients once a step: after the last of its backward passes."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+
+    def sync_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """Sum the gradients over the copies. FSDP2 has already done so where the model is sharded."""
+        if self.sharded or self.world_size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def parallelize(
+    model: nn.Module, layout: Layout, device: torch.device, gradient_checkpointing: bool
+) -> Parallel:
+    """Lay a model that is still on meta over the workers, in place.
+
+    Its methods `packed_logits` and `target_log_probs` may then be called on every worker together.
+    """
+    model.recompute_blocks = gradient_checkpointing
+    world_size = layout.replicate * layout.shard
+    if layout.shard > 1:
+        if layout.replicate > 1:
+            mesh = init_device_mesh(
+                device.type, (layout.replicate, layout.shard), mesh_dim_names=("replicate", "shard")
+            )
+        else:
+            mesh = init_device_mesh(device.type, (layout.shard,), mesh_dim_names=("shard",))
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh)
+        # The root keeps its parameters whole after a forward pass by default: between an evaluation and the
+        # next backward pass `model.parameters()` would then give other objects than the optimizer holds.
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        for method in ("packed_logits", "target_log_probs"):
+            register_fsdp_forward_method(model, method)
+        assert isinstance(model, FSDPModule)
+    return Parallel(model, layout, world_size)

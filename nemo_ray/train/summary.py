@@ -1,0 +1,146 @@
+"""What will run, said before it runs, and what came of it, said at the end. Text only; no Ray, no torch."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nemo_ray.config.schema import Config
+from nemo_ray.data.manifest import DataPlan
+from nemo_ray.plan import block_types
+from nemo_ray.run_dir import RunDir
+from nemo_ray.train.progress import duration
+from nemo_ray.train.resources import Demand, mesh
+
+_KINDS = {"linear_attention": "Mamba-2", "full_attention": "attention", "moe": "MoE", "mlp": "MLP"}
+_COMPLETION_CHARACTERS = 400
+Row = tuple[str, str]
+
+
+def gib(num_bytes: float) -> str:
+    """12.3 GiB, or MiB below one."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def describe_model(shape: Mapping[str, Any]) -> str:
+    """Blocks and sizes from a config.json."""
+    kinds = Counter(block_types(shape))
+    blocks = ", ".join(f"{count} {_KINDS.get(kind, kind)}" for kind, count in kinds.items())
+    text = f"{sum(kinds.values())} blocks ({blocks}), hidden {shape['hidden_size']}"
+    if kinds["moe"]:
+        text += f", {shape['n_routed_experts']} experts, top {shape['num_experts_per_tok']}"
+    return f"{text}, vocabulary {shape['vocab_size']:,}"
+
+
+def describe_adapter(config: Config) -> str:
+    """What is trained."""
+    if config.adapter is None:
+        return "none: every weight is trained"
+    targets = [*config.lora_target_modules, *(f"experts' {name}" for name in config.lora_target_parameters)]
+    if config.lora_target_linear:
+        targets.insert(0, "every linear layer")
+    return f"{config.adapter}, r={config.lora_r}, alpha={config.lora_alpha:g}, on {', '.join(targets)}"
+
+
+def describe_data(config: Config, plan: DataPlan, world_size: int) -> list[Row]:
+    """Rows, and estimates of tokens and steps; shards that exist already change nothing here."""
+    held_out = sum(window.num_rows for window in plan.eval_windows)
+    tokens = sum(plan.estimated_tokens(window) for window in plan.windows)
+    packs_per_step = world_size * config.micro_batch_size * config.gradient_accumulation_steps
+    step_tokens = packs_per_step * plan.sequence_len
+    num_steps = max(1, round(tokens * config.num_epochs / step_tokens))
+    length = f"{config.num_epochs:g} epoch(s), about {num_steps} steps"
+    if config.max_steps is not None:
+        length = f"{config.max_steps} steps"
+    return [
+        (
+            "data",
+            f"{plan.num_rows:,} rows, about {tokens:,.0f} tokens, in {len(plan.windows)} windows; "
+            f"{held_out:,} rows held out",
+        ),
+        (
+            "step",
+            f"{step_tokens:,} tokens: {world_size} workers x {config.micro_batch_size} packs of "
+            f"{plan.sequence_len} x {config.gradient_accumulation_steps} accumulated; {length}",
+        ),
+    ]
+
+
+def describe_workers(wanted: Demand, config: Config, where: str) -> str:
+    """How many workers, with what, laid out how."""
+    replicate, shard = mesh(wanted.num_workers, config.dp_shard_size, config.dp_replicate_size)
+    each = " + ".join(f"{amount:g} {name}" for name, amount in sorted(wanted.per_worker.items()))
+    return (
+        f"{wanted.num_workers} with {each} each, mesh {replicate} x {shard} (replicate x shard), on {where}"
+    )
+
+
+def describe_memory(estimate: Mapping[str, int]) -> str:
+    """The estimate of one worker, largest parts first."""
+    parts = sorted(estimate.items(), key=lambda item: item[1], reverse=True)
+    shown = ", ".join(f"{name} {gib(size)}" for name, size in parts if size >= 2**19)
+    return f"about {gib(sum(estimate.values()))} a worker ({shown})"
+
+
+def print_rows(console: Console, rows: list[Row]) -> None:
+    """Names and values in two columns; on anything but a terminal one unbroken line each."""
+    if not console.is_terminal:
+        width = max(len(name) for name, _ in rows) + 2
+        for name, value in rows:
+            console.print(Text(f"{name:<{width}}{value}"), soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, style="bold"), Text(value))
+    console.print(table)
+
+
+def result_rows(run: RunDir, elapsed_s: float) -> list[Row]:
+    """Held-out loss before and after, and where everything lies."""
+    rows: list[Row] = []
+    metrics = run.read_metrics()
+    losses = [row for row in metrics if "eval_loss" in row]
+    if len(losses) > 1:
+        before, after = losses[0]["eval_loss"], losses[-1]["eval_loss"]
+        change = f"{after / before - 1:+.1%}"
+        after_step = f"{after:.4f} after step {losses[-1]['step']}"
+        rows.append(("held-out loss", f"{before:.4f} before, {after_step} ({change})"))
+    steps = [row for row in metrics if "loss" in row]
+    if steps:
+        rows.append(("steps", f"{steps[-1]['step']}, last loss {steps[-1]['loss']:.4f}"))
+    newest = run.newest_checkpoint()
+    places: list[tuple[str, Path | None]] = [
+        ("adapter", run.adapter_dir),
+        ("model", run.model_dir),
+        ("checkpoint", newest),
+        ("metrics", run.metrics_file),
+        ("completions", run.completions_file),
+        ("run", run.run_json),
+    ]
+    rows += [(name, str(path)) for name, path in places if path is not None and path.exists()]
+    return [*rows, ("time", duration(elapsed_s))]
+
+
+def print_completions(console: Console, run: RunDir) -> None:
+    """Each prompt with what the model said before and after."""
+    said: dict[str, dict[str, str]] = {}
+    for row in run.read_completions():
+        said.setdefault(row["prompt"], {}).setdefault(row["stage"], row["completion"])
+        if row["stage"] == "after":
+            said[row["prompt"]]["after"] = row["completion"]
+    for prompt, stages in said.items():
+        rows = [
+            ("prompt", prompt),
+            *((stage, stages[stage]) for stage in ("before", "after") if stage in stages),
+        ]
+        print_rows(console, [(name, _shown(text)) for name, text in rows])
+        console.print()
+
+
+def _shown(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _COMPLETION_CHARACTERS else text[:_COMPLETION_CHARACTERS] + "..."

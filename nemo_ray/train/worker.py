@@ -1,0 +1,166 @@
+"""What Ray Train runs on each worker: build the parts, hand them to the loop, export what was trained.
+
+It owns the order in which the parts are made. Ray is used for the rank, the device and `report`, no more.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from nemo_ray.config.schema import Config
+from nemo_ray.data.manifest import DataPlan
+from nemo_ray.model.adapter import save_adapter, save_model
+from nemo_ray.model.generate import complete_greedily
+from nemo_ray.model.load import build, count_parameters, fill, read_model_config
+from nemo_ray.model.lora import LoraTargets
+from nemo_ray.model.selftest import self_test
+from nemo_ray.run_dir import RunDir
+from nemo_ray.storage import publish_folder, remove_tree
+from nemo_ray.train.checkpoint import TrainState, load_checkpoint
+from nemo_ray.train.loop import Trainee, Trainer
+from nemo_ray.train.loss import bind_loss
+from nemo_ray.train.optim import make_optimizer
+from nemo_ray.train.parallelize import Layout, parallelize
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker is told; picklable."""
+
+    config: Config
+    plan: DataPlan
+    output_dir: str
+
+
+def train_worker(train_loop_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Entry point of every worker; `train_loop_config["spec"]` is a WorkerSpec.
+
+    Returns: {"step": steps done, "stopped": whether a stop was asked for before the end}.
+    """
+    return run_worker(
+        train_loop_config["spec"],
+        torch.device(ray.train.torch.get_device()),
+        lambda m: ray.train.report(dict(m)),
+    )
+
+
+def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str, Any]:
+    """The same without Ray: a process group must exist."""
+    config, run = spec.config, RunDir(spec.output_dir)
+    rank = dist.get_rank()
+    torch.manual_seed(config.seed + rank)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    if rank == 0:
+        run.write_progress({"phase": "loading"})
+    dtype = base_dtype(config, device)
+    trainee, targets = make_trainee(config, device, dtype)
+    if rank == 0:
+        run.update_run({"model": count_parameters(trainee.model)})
+        run.write_progress({"phase": "self-test"})
+    self_test(trainee.model, targets, device, dtype)
+
+    state = TrainState()
+    folder = checkpoint_to_resume(config.resume_from_checkpoint, run)
+    if folder is not None:
+        state = load_checkpoint(folder, trainee.parameters, trainee.optimizer)
+    if rank == 0:
+        run.truncate_metrics(state.step)
+    trainer = Trainer(trainee, config.train, spec.plan, run, report, state)
+    if state.step == 0:
+        complete_prompts(trainer, config, "before")
+    finished = trainer.run()
+    if finished:
+        trainer.write_progress("exporting", now=True)
+        complete_prompts(trainer, config, "after")
+        export(trainee, config, targets, run, dtype, write=rank == 0)
+    trainer.write_progress("done", now=True)
+    report({"step": state.step, "eval_loss": trainer.eval_loss, "stopped": not finished})
+    return {"step": state.step, "stopped": not finished}
+
+
+def base_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Dtype of the base's weights and of the computation: float32 on a CPU and wherever all weights train."""
+    if config.bf16 is False or not config.adapter:
+        return torch.float32
+    if config.bf16 == "auto" and device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16
+
+
+def make_trainee(
+    config: Config, device: torch.device, dtype: torch.dtype
+) -> tuple[Trainee, LoraTargets | None]:
+    """Build on meta, lay out over the workers, fill; then the optimizer over what trains."""
+    model_config = read_model_config(config.base_model)
+    model, targets = build(model_config, config.adapter_config, dtype, device)
+    bind_loss(model)
+    layout = Layout.choose(dist.get_world_size(), config.dp_shard_size, config.dp_replicate_size)
+    parallel = parallelize(model, layout, device, config.gradient_checkpointing)
+    source = None if config.reinit_weights else config.base_model
+    fill(model, source, seed=config.seed, device=device, adapter_seed=config.seed)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer(parameters.values(), config.train)
+    return Trainee(model.train(), parameters, optimizer, parallel, device), targets
+
+
+def checkpoint_to_resume(wanted: str | None, run: RunDir) -> Path | None:
+    """The newest checkpoint of this run (a restarted worker goes on from there), else the one asked for."""
+    newest = run.newest_checkpoint()
+    if newest is not None:
+        return newest
+    return Path(wanted) if wanted and wanted != "auto" else None
+
+
+def complete_prompts(trainer: Trainer, config: Config, stage: str) -> None:
+    """Complete the config's prompts greedily into completions.jsonl; all workers compute, rank 0 writes."""
+    if not config.completion_prompts or any(
+        row["stage"] == stage and row["step"] == trainer.state.step
+        for row in trainer.run_dir.read_completions()
+    ):
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.base_model)
+    model, eos = trainer.trainee.model.eval(), frozenset({tokenizer.eos_token_id})
+    for prompt in config.completion_prompts:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        new_ids = complete_greedily(
+            model.packed_logits, ids, config.completion_max_new_tokens, eos, trainer.trainee.device
+        )
+        if trainer.rank == 0:
+            row = {"prompt": prompt, "completion": tokenizer.decode(new_ids), "stage": stage}
+            trainer.run_dir.append_completion({**row, "step": trainer.state.step})
+    model.train()
+
+
+def export(
+    trainee: Trainee,
+    config: Config,
+    targets: LoraTargets | None,
+    run: RunDir,
+    dtype: torch.dtype,
+    write: bool,
+) -> None:
+    """Write adapter/ or model/, whole or not at all."""
+    final = run.model_dir if targets is None else run.adapter_dir
+    partial = final.with_name(f".{final.name}.partial")
+    if write and partial.exists():
+        remove_tree(partial)
+    if targets is None:
+        model = trainee.model
+        save_model(model, model.config, config.base_model, partial, torch.bfloat16, write)
+    else:
+        base = os.path.abspath(config.base_model)
+        save_adapter(trainee.model, config.adapter_config, targets, base, partial, write)
+    if write:
+        publish_folder(partial, final)

@@ -1,0 +1,252 @@
+"""Bad input: each is an error of one line that names key, value, rule and remedy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_ray.config.kinds import kinds_of
+from nemo_ray.config.schema import Config, DatasetSpec, RaySection, Section
+from tests.config.helpers import Keys, errors_of, load, lora
+
+WRONG: dict[str, list[Any]] = {
+    "a whole number above 0": [0, -1, 1.5, True, "many", [1], {"a": 1}],
+    "a whole number, 0 or more": [-1, 0.5, True, "x"],
+    "a whole number, 0 or more, or -1 for no limit": [-2, 0.5, "x"],
+    "a whole number from 0 to 4294967295": [-1, 2**32, 1.5, True],
+    "a number above 0": [0, -1.0, True, "x", float("inf"), float("nan"), [1.0]],
+    "a number, 0 or more": [-0.1, True, "x", float("nan")],
+    "a number from 0 to below 1": [-0.1, 1, 2.0, True, "x", float("nan")],
+    "a number from 0 to 1": [-0.1, 1.1, True, "x", float("nan")],
+    "a fraction below 1, or a whole number of rows": [-1, 1.5, True, "x", float("nan"), float("inf")],
+    "true or false": [1, 0, "sometimes", [True]],
+    "true, false or auto": [1, "sometimes"],
+    "text": [1, True, ["a"], ""],
+    "a path": [1, True, {"a": 1}, ""],
+    "auto or a path": [1, {"a": 1}, ""],
+    "tokenizer_default or a path": [1, True, ""],
+    "a list of text": [1, [1], [""], {"a": 1}, ""],
+    "a list of paths": [1, [1], ""],
+    "a list of datasets, each with a path": ["x", 3, [3], ["x"]],
+    "a map from text to text": ["x", ["a"], {"a": 1}, {"a": ["b"]}],
+    "a map from resource name to a number, 0 or more": ["x", {"GPU": -1}, {"GPU": "one"}, {"GPU": True}],
+    "a section of keys": ["x", 3, ["a"]],
+    "lora, qlora or none": ["dora", 3, True],
+    "the name of an AdamW": [3, ["adamw_torch"]],
+}
+# What other kinds of keys refuse: each is one of the words that the message lists.
+OTHER = [3, True, "something else", ["a"]]
+
+
+def cases() -> list[tuple[str, Any]]:
+    sections: list[tuple[str, type[Section]]] = [
+        ("", Config),
+        ("ray.", RaySection),
+        ("datasets.0.", DatasetSpec),
+    ]
+    return [
+        (prefix + key, value)
+        for prefix, section in sections
+        for key, kind in kinds_of(section).items()
+        for value in WRONG.get(kind, OTHER)
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), cases(), ids=lambda item: str(item)[:40])
+def test_wrong_values_of_every_key(world: Keys, key: str, value: Any) -> None:
+    first, *rest = key.split(".")
+    if first == "ray" and rest:
+        world["ray"] = {rest[0]: value}
+    elif rest:
+        world["datasets"][0][rest[-1]] = value
+    else:
+        world[first] = value
+    lines = errors_of(world)
+    assert lines and all(line.startswith(key) for line in lines), lines
+    section = DatasetSpec if rest[:1] == ["0"] else RaySection if rest else Config
+    kind = kinds_of(section)[key.split(".")[-1]]
+    assert (
+        any(kind in line for line in lines) or "give a dataset" in lines[0] or kind.startswith("the name")
+    ), lines
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("lora_rank", "lora_r"),
+        ("base_modl", "base_model"),
+        ("learning-rate", "learning_rate"),
+        ("Seed", "seed"),
+        ("gradient_acumulation_steps", "gradient_accumulation_steps"),
+        ("wandb_projct", "wandb_project"),
+        ("max_failures", "ray.max_failures"),
+        ("field_messages", None),
+        ("zzzzzz", None),
+    ],
+)
+def test_unknown_keys_name_the_nearest(world: Keys, key: str, near: str | None) -> None:
+    (line,) = errors_of(world | {key: 1})
+    assert line.startswith(f"{key}: ")
+    assert (f"did you mean {near}?" in line) if near else "did you mean" not in line
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("fild_messages", "field_messages"), ("message_filed_role", "message_field_role"), ("seed", "seed")],
+)
+def test_unknown_dataset_keys(world: Keys, key: str, near: str) -> None:
+    world["datasets"][0][key] = 1
+    (line,) = errors_of(world)
+    assert line.startswith(f"datasets.0.{key}: ") and f"{near}?" in line
+
+
+def test_missing_keys() -> None:
+    lines = errors_of({})
+    assert [line.split(":")[0] for line in lines] == ["base_model", "datasets"]
+    assert all("missing; give " in line for line in lines)
+
+
+def test_missing_or_empty_datasets(world: Keys) -> None:
+    (line,) = errors_of(world | {"datasets": []})
+    assert line == "datasets: [] is not valid; give a list of datasets, each with a path"
+    (line,) = errors_of(world | {"datasets": [{"type": "completion"}]})
+    assert line == "datasets.0.path: missing; give a path"
+
+
+RULES: list[tuple[Keys, list[str]]] = [
+    ({"lora_target_modules": None}, ["lora_target_modules", "lora_target_linear", "lora_target_parameters"]),
+    (
+        {"lora_dropout": 0.1, "lora_target_parameters": ["up_proj"]},
+        ["lora_dropout: 0.1", "lora_dropout: 0"],
+    ),
+    ({"evals_per_epoch": 1, "eval_steps": 2}, ["evals_per_epoch: 1", "eval_steps: 2", "keep one"]),
+    ({"saves_per_epoch": 1, "save_steps": 2}, ["saves_per_epoch: 1", "save_steps: 2", "keep one"]),
+    ({"warmup_steps": 1, "warmup_ratio": 0.1}, ["warmup_steps: 1", "warmup_ratio: 0.1", "keep one"]),
+    ({"lr_scheduler": "constant", "warmup_steps": 1}, ["constant_with_warmup"]),
+    (
+        {"val_set_size": 0.1, "test_datasets": [{"path": "x"}]},
+        ["val_set_size: 0.1", "test_datasets", "keep one"],
+    ),
+    ({"dp_shard_size": 2, "dp_replicate_size": 3, "ray": {"num_workers": 4}}, ["= 6", "ray.num_workers: 4"]),
+    ({"dp_shard_size": 3, "ray": {"num_workers": 4}}, ["dp_shard_size: 3", "divide", "ray.num_workers: 4"]),
+    ({"ray": {"use_gpu": False, "resources_per_worker": {"GPU": 1}}}, ["ray.use_gpu: false"]),
+    ({"ray": {"use_gpu": False, "accelerator_type": "H100"}}, ["ray.use_gpu: false"]),
+    ({"chat_template": "llama3"}, ["chat_template: llama3", "tokenizer_default", ".jinja"]),
+    ({"special_tokens": {"sep_token": "<s>"}}, ["special_tokens.sep_token", "pad_token"]),
+    ({"adapter": "qlora"}, ["adapter: qlora needs `load_in_4bit: true`"]),
+    ({"load_in_4bit": True}, ["load_in_4bit: true needs `adapter: qlora`"]),
+    ({"quantize_moe_experts": True}, ["quantize_moe_experts: true needs `load_in_4bit: true`"]),
+]
+
+
+@pytest.mark.parametrize(("keys", "parts"), RULES, ids=lambda item: " ".join(item)[:60])
+def test_rules_between_keys(world: Keys, keys: Keys, parts: list[str]) -> None:
+    (line,) = errors_of(lora(world) | keys, check_support=False, check_paths=False)
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize("split", ["train+test", "[:10]", "train[:10", "train[10]", "train[a:b]", "tr/ain"])
+def test_bad_splits(world: Keys, split: str) -> None:
+    world["datasets"][0]["split"] = split
+    (line,) = errors_of(world)
+    assert line.startswith(f"datasets.0.split: {split} is not a slice")
+
+
+@pytest.mark.parametrize("split", ["train", "train[:20%]", "train[100:200]", "train[-10%:]", "train[: 5]"])
+def test_good_splits(world: Keys, split: str) -> None:
+    world["datasets"][0]["split"] = split
+    assert load(world).config.datasets[0].split == split
+
+
+def test_lora_keys_without_adapter(world: Keys) -> None:
+    (line,) = errors_of(world | {"lora_r": 8, "lora_target_linear": True})
+    assert line.startswith("adapter: missing, but lora_r, lora_target_linear is given; add `adapter: lora`")
+
+
+def test_four_bits_without_adapter(world: Keys) -> None:
+    (line,) = errors_of(world | {"load_in_4bit": True}, check_support=False)
+    assert "needs `adapter: qlora`" in line
+
+
+LINEAR: Keys = {"adapter": "lora", "lora_target_linear": True}
+UNSUPPORTED: list[tuple[Keys, str]] = [
+    ({"bf16": True}, "bf16: true for a full fine-tune"),
+    (
+        {"adapter": "lora", "lora_target_linear": True, "lora_modules_to_save": ["lm_head"]},
+        "lora_modules_to_save",
+    ),
+    ({"adapter": "lora", "lora_target_linear": True, "lora_model_dir": "x"}, "lora_model_dir"),
+    ({"output_dir": "s3://bucket/run"}, "output_dir: s3://bucket/run"),
+    ({"dataset_prepared_path": "gs://b/p"}, "dataset_prepared_path: gs://b/p"),
+    ({"ray": {"storage_path": "s3://b/p"}}, "ray.storage_path: s3://b/p"),
+    ({"datasets": [{"path": "hf://datasets/a/b"}]}, "datasets.0.path: hf://datasets/a/b"),
+    ({"datasets": [{"path": "rows.jsonl", "name": "en"}]}, "datasets.0.name: en"),
+]
+
+
+@pytest.mark.parametrize(("keys", "start"), UNSUPPORTED, ids=lambda item: str(item)[:40])
+def test_not_supported_yet_is_refused_by_name(world: Keys, keys: Keys, start: str) -> None:
+    (line,) = errors_of(world | keys)
+    assert line.startswith(start) and "not supported yet" in line
+    assert load(world | keys, check_support=False, check_paths=False)
+
+
+def test_paths(world: Keys) -> None:
+    Path("file.txt").write_text("x")
+    Path("llama").mkdir()
+    Path("llama/config.json").write_text('{"model_type": "llama"}')
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text("{")
+    Path("empty").mkdir()
+    models = {
+        "/no/such/folder": "does not exist",
+        "./nothing": "does not exist",
+        "nvidia/Nemotron-3-Nano": "`hf download nvidia/Nemotron-3-Nano --local-dir FOLDER`",
+        "file.txt": "is a file",
+        "empty": "no config.json",
+        "llama": "only nemotron_h",
+        "broken": "cannot be read as JSON",
+    }
+    for path, part in models.items():
+        (line,) = errors_of(world | {"base_model": path})
+        assert line.startswith("base_model: ") and path in line and part in line
+        assert errors_of(world | {"base_model": path}, check_paths=False) == []
+
+
+def test_a_folder_named_like_a_hub_model_is_used(world: Keys) -> None:
+    Path("nvidia").mkdir()
+    Path("base").rename("nvidia/nano")
+    assert load(world | {"base_model": "nvidia/nano"}).config.base_model == "nvidia/nano"
+
+
+@pytest.mark.parametrize(
+    ("spec", "part"),
+    [
+        ({"path": "gone.jsonl"}, "datasets.0.path: gone.jsonl does not exist"),
+        ({"path": "mlabonne/FineTome-100k"}, "hf download mlabonne/FineTome-100k --repo-type dataset"),
+        (
+            {"path": ".", "data_files": ["rows.jsonl", "gone.jsonl"]},
+            "datasets.0.data_files: gone.jsonl is not in .",
+        ),
+        ({"path": "rows.jsonl", "data_files": "rows.jsonl"}, "datasets.0.data_files: needs a folder in path"),
+    ],
+)
+def test_dataset_paths(world: Keys, spec: Keys, part: str) -> None:
+    (line,) = errors_of(world | {"datasets": [spec]})
+    assert part in line
+    assert errors_of(world | {"datasets": [{"path": ".", "data_files": ["*.jsonl"]}]}) == []
+
+
+def test_other_paths(world: Keys) -> None:
+    lines = errors_of(
+        world,
+        "chat_template=gone.jinja",
+        "test_datasets=[{path: gone.parquet}]",
+    )
+    assert [line.split(":")[0] for line in lines] == ["test_datasets.0.path", "chat_template"]
+
+
+def test_messages_are_short_single_lines(world: Keys) -> None:
+    (line,) = errors_of(world | {"lora_r": "x\n" * 5000})
+    assert len(line) < 200

@@ -1,0 +1,134 @@
+"""A launch with small parts instead of a model and its data: `python launch_stub.py BEHAVIOUR OUTPUT_DIR [key=value]`.
+
+It is a script, so that its functions travel to Ray's workers by value.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from nemo_ray.config.load import load_config
+from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.train.launch import Launch, Parts
+
+NUM_STEPS = 100_000
+SHAPE = {
+    "model_type": "nemotron_h",
+    "layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"],
+    "hidden_size": 64,
+    "vocab_size": 256,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 16,
+    "n_groups": 1,
+    "ssm_state_size": 16,
+    "conv_kernel": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 64,
+}
+
+
+def write_inputs(folder: Path) -> Path:
+    """A configuration whose paths exist."""
+    (folder / "base").mkdir(parents=True, exist_ok=True)
+    (folder / "base" / "config.json").write_text(json.dumps(SHAPE))
+    (folder / "rows.jsonl").write_text('{"messages": []}\n')
+    config = folder / "run.yaml"
+    config.write_text(
+        f"base_model: {folder / 'base'}\nadapter: lora\nlora_target_modules: [q_proj]\nmax_steps: {NUM_STEPS}\n"
+        f"datasets:\n  - path: {folder / 'rows.jsonl'}\nray:\n  num_workers: 2\n"
+    )
+    return config
+
+
+def plan(data, base_model, directory):
+    return DataPlan(directory, "f00d", data.sequence_len, (Window(0, (), 1, "k"),), (), (), (), 0)
+
+
+class StubPlan(DataPlan):
+    def estimated_tokens(self, window):
+        return 100.0
+
+
+def make_plan(data, base_model, directory):
+    made = plan(data, base_model, directory)
+    return StubPlan(**{name: getattr(made, name) for name in made.__dataclass_fields__})
+
+
+def prepare(plan, config, stop, progress):
+    progress(0, 1)
+    if os.environ.get("STUB_DATA_FAILS"):
+        from nemo_ray.errors import DataError
+
+        raise DataError("rows.jsonl: every row was rejected")
+    progress(1, 1)
+
+
+def worker(loop_config):
+    """Counts steps until it is told to stop, or fails as BEHAVIOUR says."""
+    import ray.train
+    import torch.distributed as dist
+
+    from nemo_ray.errors import PatchError
+    from nemo_ray.run_dir import RunDir
+
+    run = RunDir(loop_config["output_dir"])
+    behaviour = loop_config["plan"].fingerprint
+    rank = ray.train.get_context().get_world_rank()
+    dist.barrier()
+    if behaviour == "ours" and rank == 1:
+        raise PatchError("the self-test failed: document B moved by 0.5")
+    if behaviour == "crash":
+        raise ValueError("shapes differ\nand a second line")
+    first = rank == 0
+    if first:
+        run.update_run({"model": {"total": 1000, "trainable": 10}})
+        run.append_metrics({"step": 0, "eval_loss": 4.0})
+    steps = 20 if behaviour == "finish" else NUM_STEPS
+    for step in range(1, steps + 1):
+        time.sleep(0.02)
+        if first:
+            row = {"loss": 4.0 - step / steps, "lr": 1e-4, "tokens_per_s": 1234.5}
+            run.append_metrics({"step": step, **row})
+            run.write_progress({"phase": "training", "step": step, "max_steps": steps, "eta_s": 3.0, **row})
+        if run.stop_requested():
+            if behaviour == "deaf":
+                continue
+            if first:
+                folder = run.checkpoint_dir(step)
+                folder.mkdir(parents=True)
+                (folder / "state.json").write_text("{}")
+            return {"step": step, "stopped": True}
+    if first:
+        run.append_metrics({"step": steps, "eval_loss": 3.0})
+        for stage in ("before", "after"):
+            row = {"prompt": "What is it?", "completion": f"It is {stage}.", "stage": stage}
+            run.append_completion({**row, "step": 0})
+        run.adapter_dir.mkdir()
+        run.write_progress({"phase": "done", "step": steps, "max_steps": steps})
+    return {"step": steps, "stopped": False}
+
+
+def main() -> int:
+    behaviour, output_dir = sys.argv[1], Path(sys.argv[2])
+    config = write_inputs(output_dir.parent / "inputs")
+    loaded = load_config(str(config), [f"output_dir={output_dir}", *sys.argv[3:]])
+
+    def plan_as(data, base_model, directory):
+        made = make_plan(data, base_model, directory)
+        return StubPlan(
+            **{**{n: getattr(made, n) for n in made.__dataclass_fields__}, "fingerprint": behaviour}
+        )
+
+    return Launch(loaded, Parts(plan=plan_as, prepare=prepare, worker=worker)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

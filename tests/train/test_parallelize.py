@@ -1,0 +1,141 @@
+"""Every layout over four processes computes the losses, gradients and files of one process."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from nemo_ray.config.schema import AdapterSection, TrainSection
+from nemo_ray.errors import ConfigError
+from nemo_ray.model.adapter import adapter_state, save_model
+from nemo_ray.model.batch import PackedBatch
+from nemo_ray.model.load import build, fill
+from nemo_ray.model.selftest import self_test
+from nemo_ray.train.loss import IGNORED, bind_loss, next_token_targets
+from nemo_ray.train.optim import clip_gradients, make_optimizer
+from nemo_ray.train.parallelize import Layout, parallelize
+from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
+
+WORLD = 4
+NUM_STEPS = 3
+
+
+def micro_batches() -> list[tuple[PackedBatch, torch.Tensor]]:
+    """Eight packs; the last one is all masked, as where an epoch runs out."""
+    generator = torch.Generator().manual_seed(100)
+    found = []
+    for index in range(2 * WORLD):
+        ids = torch.randint(0, 8, (1, 48), generator=generator)
+        batch = PackedBatch.from_lengths(ids, [[10 + index, 38 - index]])
+        targets = next_token_targets(ids, batch.seq_idx)
+        found.append((batch, torch.full_like(ids, IGNORED) if index == 2 * WORLD - 1 else targets))
+    return found
+
+
+def train(layout: Layout, rank: int, adapter: dict, checkpointing: bool) -> tuple[nn.Module, list[float]]:
+    """Three steps of AdamW; returns the model and each step's loss and gradient norm."""
+    world = layout.replicate * layout.shard
+    model, targets = build(tiny_config(latent=32), AdapterSection(**adapter), torch.float32, CPU)
+    bind_loss(model)
+    parallel = parallelize(model, layout, CPU, checkpointing)
+    fill(model, None, seed=3, device=CPU, adapter_seed=4)
+    self_test(model, targets, CPU, torch.float32)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(parameters, TrainSection(learning_rate=0.03))
+    figures = []
+    for _ in range(NUM_STEPS):
+        batches = micro_batches()
+        num_targets = sum(int((targets != IGNORED).sum()) for _, targets in batches)
+        own = batches[rank::world]
+        loss_sum = torch.zeros(())
+        for index, (batch, targets) in enumerate(own):
+            parallel.set_last_micro_batch(index == len(own) - 1)
+            loss = -model.target_log_probs(batch, targets).sum()
+            (loss * parallel.loss_scale / num_targets).backward()
+            loss_sum += loss.detach()
+        if world > 1:
+            dist.all_reduce(loss_sum)
+        parallel.sync_gradients(parameters)
+        figures += [float(loss_sum) / num_targets, float(clip_gradients(parameters, 1.0))]
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, figures
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def compare_layouts(rank: int, store: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    for name, adapter in {"lora": ALL_TARGETS, "full": {}}.items():
+        reference, expected = train(Layout(1, 1), 0, adapter, checkpointing=False)
+        assert expected[-2] < 0.95 * expected[0], expected
+        for layout in (Layout(1, 4), Layout(2, 2), Layout(4, 1)):
+            model, figures = train(layout, rank, adapter, checkpointing=layout.replicate == 2)
+            torch.testing.assert_close(
+                torch.tensor(figures),
+                torch.tensor(expected),
+                rtol=2e-5,
+                atol=1e-6,
+                msg=f"{name} {layout} {figures} {expected}",
+            )
+            for (key, ours), (_, plain) in zip(
+                model.named_parameters(), reference.named_parameters(), strict=True
+            ):
+                torch.testing.assert_close(whole(ours), plain.detach(), rtol=1e-3, atol=1e-4, msg=key)
+        if adapter:
+            state, plain = adapter_state(model), adapter_state(reference)
+            assert state.keys() == plain.keys() and len(state) > 40
+        else:
+            path = Path(folder) / name
+            base = Path(folder) / "base"
+            save_model(model, model.config, str(base), path, torch.float32, write=rank == 0)
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(240)
+def test_four_processes_equal_one(tmp_path):
+    base = tmp_path / "base"
+    tiny_config(latent=32).save_pretrained(base)
+    context = multiprocessing.get_context("spawn")
+    args = (str(tmp_path / "store"), str(tmp_path))
+    processes = [context.Process(target=compare_layouts, args=(rank, *args)) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=220)
+    alive = [process for process in processes if process.is_alive()]
+    for process in alive:
+        process.kill()
+    assert not alive and [process.exitcode for process in processes] == [0] * WORLD
+    assert "backbone.layers.1.mixer.experts.7.up_proj.weight" in load_file(
+        tmp_path / "full/model.safetensors"
+    )
+
+
+@pytest.mark.parametrize(
+    ("world", "shard", "replicate", "expected"),
+    [
+        (1, None, None, Layout(1, 1)),
+        (4, None, None, Layout(1, 4)),
+        (4, 2, None, Layout(2, 2)),
+        (4, None, 4, Layout(4, 1)),
+    ],
+)
+def test_layout_fills_in_what_is_not_given(world, shard, replicate, expected):
+    assert Layout.choose(world, shard, replicate) == expected
+
+
+@pytest.mark.parametrize(
+    ("world", "shard", "replicate"), [(4, 3, None), (4, 2, 4), (2, None, 4), (6, 4, None)]
+)
+def test_layout_refuses_what_does_not_multiply(world, shard, replicate):
+    with pytest.raises(ConfigError, match=f"number of workers, {world}"):
+        Layout.choose(world, shard, replicate)
