@@ -9,7 +9,7 @@ from nemo_ray import __version__
 
 
 class Command(NamedTuple):
-    """A row of the table below; the module has `main(arguments, program) -> exit code`."""
+    """A row of the table below; the module has `main(arguments) -> exit code`."""
 
     module: str
     help: str
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command is None:
         print(f"error: nemo-ray has no command {given[0]}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    run: Callable[[Sequence[str], str], int] = import_module(command.module).main
-    return run(given[1:], f"nemo-ray {given[0]}")
+    run: Callable[[Sequence[str]], int] = import_module(command.module).main
+    return run(given[1:])
 
 
 if __name__ == "__main__":

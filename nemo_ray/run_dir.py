@@ -16,8 +16,7 @@ Everything lies on one file system that driver and workers share. What the rows 
 import json
 import os
 import re
-import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +67,13 @@ class RunDir:
             for path in self._results()
         )
 
+    def has_trained(self) -> bool:
+        """Whether there is something to continue or to keep: a step, a checkpoint, an adapter, a model."""
+        folders = (self.checkpoints_dir, self.adapter_dir, self.model_dir)
+        return any(path.is_dir() and any(path.iterdir()) for path in folders) or any(
+            row["step"] > 0 for row in self.read_metrics()
+        )
+
     def foreign_entries(self) -> list[str]:
         """Names in the folder that no run writes; hidden files and *.log do not count."""
         if not self.path.is_dir():
@@ -79,9 +85,11 @@ class RunDir:
             if name not in own and not name.startswith(".") and not name.endswith(".log")
         )
 
-    def clear(self) -> None:
-        """Remove the run, run.json last; leave prepared shards and all that is not the run's."""
+    def clear(self, keep: Collection[Path] = ()) -> None:
+        """Remove the run, run.json last; leave prepared shards, `keep`, and all that is not the run's."""
         for path in self._owned():
+            if path in keep:
+                continue
             if path.is_dir() and not path.is_symlink():
                 remove_tree(path)
             else:
@@ -150,7 +158,7 @@ class RunDir:
 
     def write_progress(self, progress: Mapping[str, Any]) -> None:
         """Say where the run is. Atomic, not fsynced: it is written often and worth nothing after a crash."""
-        partial = self.path / f".progress.{uuid.uuid4().hex[:12]}.partial"
+        partial = self.path / ".progress.json.partial"  # rank 0 alone writes it
         partial.write_text(json.dumps(dict(progress)), encoding="utf-8")
         os.replace(partial, self.progress_file)
 

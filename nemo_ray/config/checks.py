@@ -14,6 +14,7 @@ from nemo_ray.config.translate import show
 
 _SPLIT = re.compile(r"[A-Za-z_][\w.-]*(\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _TOKENS = ("pad_token", "eos_token", "bos_token", "unk_token")
 _TARGET_KEYS = ("lora_target_modules", "lora_target_linear", "lora_target_parameters")
 
@@ -212,16 +213,22 @@ def path_errors(config: Config) -> list[str]:
     return errors
 
 
+def _may_be_on_the_hub(path: str) -> bool:
+    """Written like owner/name, and not like a file in a folder that is here."""
+    owner, _, name = path.partition("/")
+    return bool(_HUB_ID.fullmatch(path)) and not name.endswith(_DATA_SUFFIXES) and not os.path.isdir(owner)
+
+
 def _base_model_errors(path: str) -> list[str]:
     if not os.path.isdir(path):
         if os.path.exists(path):
             return [
                 f"base_model: {show(path)} is a file; give the folder that holds config.json and the weights"
             ]
-        if _HUB_ID.fullmatch(path):
+        if _may_be_on_the_hub(path):
             return [
                 f"base_model: {show(path)} is no folder here, and hub models are not downloaded in this "
-                f"version; download it (`hf download {path} --local-dir FOLDER`) and give the folder"
+                f"version; if it is one, run `hf download {path} --local-dir FOLDER` and give that folder"
             ]
         return [f"base_model: {show(path)} does not exist; give the folder of the base model"]
     file = os.path.join(path, "config.json")
@@ -243,11 +250,11 @@ def _base_model_errors(path: str) -> list[str]:
 
 def _dataset_errors(key: str, spec: DatasetSpec) -> list[str]:
     if not os.path.exists(spec.path):
-        if _HUB_ID.fullmatch(spec.path):
+        if _may_be_on_the_hub(spec.path):
             return [
                 f"{key}.path: {show(spec.path)} is no file or folder here, and hub datasets are not "
-                f"downloaded in this version; download it (`hf download {spec.path} --repo-type dataset "
-                "--local-dir FOLDER`) and give the file or folder"
+                f"downloaded in this version; if it is one, run `hf download {spec.path} --repo-type dataset "
+                "--local-dir FOLDER` and give that folder"
             ]
         return [f"{key}.path: {show(spec.path)} does not exist; give a file, or a folder of files"]
     if not spec.data_files:

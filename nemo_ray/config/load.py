@@ -44,7 +44,7 @@ def load_config(
     errors = rename_keys(raw)
     for override in overrides:
         errors += apply_override(raw, override)
-    _raise(errors)
+    _raise(errors + rename_keys(raw))  # again, for whole sections that overrides have set
     adapter_named = "adapter" in raw
     raw = drop_absent(raw)
     found = translate(raw)

@@ -59,6 +59,9 @@ def canonical_key(key: str) -> str:
 
 def rename_keys(raw: Raw) -> list[str]:
     """Give every key its one spelling, in place; returns errors for keys set twice, with two values."""
+    for name in DATASET_KEYS:
+        if isinstance(raw.get(name), dict):
+            raw[name] = [raw[name]]  # a single dataset without a list
     errors = _rename(raw, RENAMED, "")
     for name, index, entry in dataset_entries(raw):
         errors += _rename(entry, RENAMED_IN_DATASETS, f"{name}.{index}.")
@@ -101,9 +104,6 @@ def dataset_entries(raw: Raw) -> list[tuple[str, int, Raw]]:
 def translate(raw: Raw) -> Findings:
     """Fold values and take axolotl's own keys out of `raw`, in place; says what was found."""
     found = Findings()
-    for name in DATASET_KEYS:
-        if isinstance(raw.get(name), dict):
-            raw[name] = [raw[name]]
     for key, fold in _FOLDS.items():
         if key in raw:
             fold(raw, found)
@@ -199,10 +199,8 @@ def _fold_grad_norm(raw: Raw, found: Findings) -> None:
 
 def _fold_plugins(raw: Raw, found: Findings) -> None:
     plugins = raw.pop("plugins")
-    for name in (
-        [plugins] if isinstance(plugins, str) else plugins if isinstance(plugins, list) else [plugins]
-    ):
-        if name in KNOWN_PLUGINS:
+    for name in plugins if isinstance(plugins, list) else [plugins]:
+        if isinstance(name, str) and name in KNOWN_PLUGINS:
             found.notices.append(f"plugins: {name} is not loaded: {KNOWN_PLUGINS[name]}")
         else:
             found.errors.append(

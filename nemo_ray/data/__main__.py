@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -61,11 +62,19 @@ def prepared_directory(config: Config) -> str:
 def _prepare(plan: DataPlan, config: Config) -> None:
     print(f"{len(plan.windows) + len(plan.eval_windows)} windows -> {plan.directory}", flush=True)
     started = time.monotonic()
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    if address in (None, "", "local"):
+        address = None
+        # Ray 2.60 reads these when it is imported. It listens on loopback only under the first name, and
+        # without a token in the environment it leaves one in ~/.ray, in the way of later commands.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     import ray  # after the checks: their errors come before Ray's two seconds
 
     from nemo_ray.data.pipeline import prepare, start_ray
 
-    start_ray(config.ray.address or os.environ.get("RAY_ADDRESS"))
+    start_ray(address)
     try:
         prepare(
             plan,

@@ -111,13 +111,14 @@ class Encoder:
                 raise RowError(f"field {self.spec.field!r} is no text")
             if not text:
                 raise RowError(f"field {self.spec.field!r} is empty")
-            return text
+            return _encodable(text)
         except RowError as rejected:
             return rejected
 
     def _render(self, template: ChatTemplate, row: Any) -> Rendered | RowError:
         try:
             rendered = template.render(self.messages(row), row.get("tools") or None)
+            _encodable(rendered.text)
         except RowError as rejected:
             return rejected
         return rendered._replace(targets=((0, len(rendered.text)),)) if self.train_on_inputs else rendered
@@ -233,6 +234,15 @@ def _field(row: Any, name: str) -> Any:
     if row.get(name) is None:
         raise RowError(f"no field {name!r}")
     return row[name]
+
+
+def _encodable(text: str) -> str:
+    """JSON can hold halves of characters (lone surrogates), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError("invalid Unicode", str(error)) from None
+    return text
 
 
 def _mask_by_offsets(encoding: Encoding, targets: Spans) -> bytes:

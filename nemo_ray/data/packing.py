@@ -52,43 +52,38 @@ def pack(lengths: Sequence[int] | npt.NDArray[np.integer], capacity: int) -> lis
     ).tolist()  # documents of length n: order[starts[n]:starts[n]+remaining[n]]
     remaining = counts.tolist()
     present = np.where(counts > 0, np.arange(capacity + 1), 0)
-    # at_most[n]: a length <= n, no shorter than the longest one that is left (0: nothing is); see _longest.
-    at_most = np.maximum.accumulate(present).tolist()
+    # A forest: the root above n is the longest length <= n that is left (0: none is). Lengths only vanish.
+    parents = np.maximum.accumulate(present).tolist()
     documents = order.tolist()
     groups: list[list[int]] = []
     left = int(sizes.size)
     while left:
         group: list[int] = []
         room = capacity
-        while True:
-            size = _longest(at_most, remaining, room)
+        while room:
+            size = parents[room]
+            if parents[size] != size:
+                size = _root(parents, room)
             if size == 0:
                 break
-            take = min(remaining[size], room // size)
             first = starts[size]
+            take = min(remaining[size], room // size)
             group += documents[first : first + take]
             starts[size] = first + take
             remaining[size] -= take
+            if not remaining[size]:
+                parents[size] = parents[size - 1]
             room -= take * size
-            if room == 0:
-                break
         left -= len(group)
         groups.append(group)
     return groups
 
 
-def _longest(at_most: list[int], remaining: list[int], room: int) -> int:
-    """The longest length <= room that is left, or 0. Shortens the paths it walks: lengths only vanish."""
-    size = at_most[room]
-    if size == 0 or remaining[size]:
-        return size
-    walked = [room]
-    while size and not remaining[size]:
-        walked.append(size)
-        size = at_most[size - 1]
-    for at in walked:
-        at_most[at] = size
-    return size
+def _root(parents: list[int], node: int) -> int:
+    """The root above a node; the path to it is halved on the way."""
+    while parents[node] != node:
+        parents[node] = node = parents[parents[node]]
+    return node
 
 
 def build_pack(

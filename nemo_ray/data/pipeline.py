@@ -24,7 +24,7 @@ from nemo_ray.data.manifest import DataPlan, Window
 from nemo_ray.data.prepare import WindowTask, prepare_window, window_task
 from nemo_ray.data.shards import ShardStats, read_stats
 from nemo_ray.data.statistics import Totals
-from nemo_ray.errors import DataError, NemoRayError
+from nemo_ray.errors import ClusterError, DataError, NemoRayError
 from nemo_ray.storage import publish_bytes, publish_json
 
 MAX_REJECTED_SHARE = 0.05
@@ -35,13 +35,19 @@ Progress = Callable[[int, int], None]
 
 
 def start_ray(address: str | None) -> None:
-    """Connect to a cluster, or start a local Ray, for preparing alone. Quiet; ended by ray.shutdown()."""
-    ray.init(
-        address=address,
-        include_dashboard=False if address is None else None,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    """Connect to a cluster, or start a local Ray, for preparing alone. Ended by ray.shutdown().
+
+    Raises ClusterError.
+    """
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:
+        raise ClusterError(f"ray.address: {address or 'a local Ray'}: {_one_line(error)}") from error
 
 
 def prepare(
@@ -73,6 +79,8 @@ def prepare(
         )
     except Exception as error:
         line = _one_line(error)
+        if not isinstance(error, NemoRayError):
+            line = f"preparing the data failed: {line}"
         publish_json(plan.failure_path, {"error": line})
         if isinstance(error, NemoRayError):
             raise
@@ -116,23 +124,20 @@ def _run(tasks: Sequence[WindowTask], num_cpus: float) -> Iterator[tuple[str, Sh
     """Run the tasks on the cluster, and yield (path, statistics) as shards are published."""
     if not tasks:
         return
-    context = ray.data.DataContext.get_current().copy()
+    context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # Ray 2.60 warns that its bars are off, which is what was asked for.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    with ray.data.DataContext.current(context):
-        items = [{"task": pickle.dumps(task)} for task in tasks]
-        dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            _prepare_row, num_cpus=num_cpus
-        )
-        for row in dataset.iter_rows():
-            if row["error"]:
-                raise pickle.loads(row["error"])
-            stats = json.loads(row["stats"])
-            stats["rejected_rows"] = tuple(tuple(entry) for entry in stats["rejected_rows"])
-            yield row["path"], ShardStats(**stats)
+    items = [{"task": pickle.dumps(task)} for task in tasks]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(_prepare_row, num_cpus=num_cpus)
+    for row in dataset.iter_rows():
+        if row["error"]:
+            raise pickle.loads(row["error"])
+        stats = json.loads(row["stats"])
+        stats["rejected_rows"] = tuple(tuple(entry) for entry in stats["rejected_rows"])
+        yield row["path"], ShardStats(**stats)
 
 
 def _prepare_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +158,7 @@ def _one_line(error: Exception) -> str:
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = (lines[-1] if isinstance(error, RayError) else lines[0]) if lines else ""
-    return f"preparing the data failed: {type(error).__name__}: {reason}"
+    return f"{type(error).__name__}: {reason}"
 
 
 # -- rows that cannot be used ---------------------------------------------------------------------

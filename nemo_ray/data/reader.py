@@ -50,7 +50,7 @@ class _Shards:
     def __init__(self, plan: DataPlan, timeout_s: float) -> None:
         self._plan = plan
         self._waiting = ShardWait(plan, timeout_s)
-        self._shards: OrderedDict[str, tuple[Shard, Int64, Int64]] = OrderedDict()
+        self._shards: OrderedDict[tuple[int, str], tuple[Shard, Int64, Int64]] = OrderedDict()
 
     def num_packs(self, window: Window) -> int:
         """From the shard's statistics alone; waits for the shard."""
@@ -76,16 +76,17 @@ class _Shards:
 
     def _open(self, window: Window) -> tuple[Shard, Int64, Int64]:
         """The shard; the first row in the window, and in the source, of each of the window's spans."""
-        entry = self._shards.get(window.key)
+        name = (window.source, window.key)  # sources with equal rows share shards, not row numbers
+        entry = self._shards.get(name)
         if entry is None:
             spans = window.source_rows(self._plan.sources[window.source])
             sizes = np.array([size for _, size in spans], dtype=np.int64)
             first_rows = np.array([first for first, _ in spans], dtype=np.int64)
             entry = (Shard(self._waiting.wait_for(window)), np.cumsum(sizes) - sizes, first_rows)
-            self._shards[window.key] = entry
+            self._shards[name] = entry
             if len(self._shards) > 2 * OPEN_WINDOWS:
                 self._shards.popitem(last=False)
-        self._shards.move_to_end(window.key)
+        self._shards.move_to_end(name)
         return entry
 
 
@@ -151,7 +152,13 @@ class PackReader:
     def next_step(self) -> StepPacks | None:
         """The next step, or None when all epochs are done. A step never crosses an epoch."""
         self._catch_up()
-        if self._order.exhausted() and not self._done():
+        if self._order.exhausted():
+            if self._order.drawn == 0:
+                raise DataError(
+                    "datasets: no row became a pack; the data statistics say what was dropped, and why"
+                )
+            if self._done():
+                return None
             self._begin_epoch(self._epoch + 1)
         reads: list[_Read] = []
         while len(reads) < self._ranks.packs_per_step and not self._done():
@@ -184,15 +191,11 @@ class PackReader:
 
     def _progress(self) -> float:
         if self._order.exhausted():
-            if self._order.drawn == 0:
-                raise DataError(
-                    "datasets: no row became a pack; see the data statistics for what was dropped, and why"
-                )
             return self._epoch + 1.0
         return self._epoch + self._order.rows_consumed() / self._plan.num_rows
 
     def _done(self) -> bool:
-        return self._num_epochs < self._epoch + 1 and self._progress() >= self._num_epochs
+        return self._num_epochs <= self._epoch + 1 and self._progress() >= self._num_epochs
 
     def _num_packs(self, window: int) -> int:
         if window not in self._packs_of:

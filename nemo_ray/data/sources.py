@@ -25,13 +25,11 @@ from nemo_ray.data.prepare import encode_rows, row_columns
 from nemo_ray.data.splits import list_files, parse_split
 from nemo_ray.data.template import RowError, chat_template
 from nemo_ray.data.tokenizer import LoadedTokenizer, TokenizerSpec, load_tokenizer
+from nemo_ray.data.windows import Block, Ranges, count_rows, eval_blocks, train_blocks, without
 from nemo_ray.errors import ConfigError, DataError
 
 PACKS_PER_WINDOW = 256
 _PROBED_ROWS = 256
-
-Ranges = list[tuple[int, int]]
-"""Ascending, disjoint [first, last) rows of a file."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,12 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
         testing = number >= len(train)
         kept_out = whole if testing else held_out[number]
         kept = (
-            [[] for _ in whole] if testing else [_without(a, b) for a, b in zip(whole, kept_out, strict=True)]
+            [[] for _ in whole] if testing else [without(a, b) for a, b in zip(whole, kept_out, strict=True)]
         )
-        windows += [
-            _window(number, source, part, data.sample_packing) for part in _train_blocks(source, kept)
-        ]
+        size = source.rows_per_window
+        windows += [_window(number, source, block, data.sample_packing) for block in train_blocks(kept, size)]
         eval_windows += [
-            _window(number, source, part, eval_packing) for part in _eval_blocks(source, kept_out)
+            _window(number, source, block, eval_packing) for block in eval_blocks(kept_out, size)
         ]
         infos.append(_info(source, kept_out, testing))
     if not windows:
@@ -227,83 +224,15 @@ def _held_out(sources: Sequence[_Source], val_set_size: float) -> list[list[Rang
     return [[next(chosen) for _ in source.files] for source in sources]
 
 
-def _without(whole: Ranges, holes: Ranges) -> Ranges:
-    """Rows of `whole` (one range, or none) outside `holes`."""
-    result = []
-    for start, stop in whole:
-        for first, last in holes:
-            if start < first:
-                result.append((start, first))
-            start = last
-        if start < stop:
-            result.append((start, stop))
-    return result
-
-
 # -- windows --------------------------------------------------------------------------------------
 
-Part = list[tuple[int, int, int]]
-"""A window's (file number, first row, last row)."""
 
-
-def _count(part: Part) -> int:
-    return sum(stop - start for _, start, stop in part)
-
-
-def _train_blocks(source: _Source, kept: list[Ranges]) -> list[Part]:
-    """Blocks of rows_per_window rows, aligned in each file; files below half of that share one."""
-    size = source.rows_per_window
-    blocks: list[Part] = []
-    small: Part = []
-    for number, ranges in enumerate(kept):
-        parts = [part for part in _aligned(number, ranges, size) if part]
-        if len(parts) > 1 and _count(parts[-1]) < size // 2:
-            tail = parts.pop()
-            parts[-1] = parts[-1] + tail
-        if len(parts) == 1 and _count(parts[0]) < size // 2:
-            small += parts.pop()
-            if _count(small) >= size:
-                blocks.append(small)
-                small = []
-        blocks += parts
-    return [*blocks, small] if small else blocks
-
-
-def _aligned(number: int, ranges: Ranges, size: int) -> list[Part]:
-    """Cut at multiples of `size`; one part for each block."""
-    parts: dict[int, Part] = {}
-    for start, stop in ranges:
-        while start < stop:
-            block = start // size
-            end = min(stop, (block + 1) * size)
-            parts.setdefault(block, []).append((number, start, end))
-            start = end
-    return list(parts.values())
-
-
-def _eval_blocks(source: _Source, kept_out: list[Ranges]) -> list[Part]:
-    """Held-out rows of all files in order, rows_per_window at a time."""
-    blocks: list[Part] = [[]]
-    room = source.rows_per_window
-    for number, ranges in enumerate(kept_out):
-        for start, stop in ranges:
-            while start < stop:
-                end = min(stop, start + room)
-                blocks[-1].append((number, start, end))
-                room -= end - start
-                start = end
-                if room == 0:
-                    blocks.append([])
-                    room = source.rows_per_window
-    return [block for block in blocks if block]
-
-
-def _window(number: int, source: _Source, part: Part, packing: bool) -> Window:
-    spans = tuple(source.indexes[file].span(file, start, stop - start) for file, start, stop in part)
+def _window(number: int, source: _Source, block: Block, packing: bool) -> Window:
+    spans = tuple(source.indexes[file].span(file, start, stop - start) for file, start, stop in block)
     rows: list[tuple[str, Span]] = [
         (source.files[span.file].identity, span._replace(file=0)) for span in spans
     ]
-    return Window(number, spans, _count(part), digest(FORMAT_VERSION, source.settings, packing, rows))
+    return Window(number, spans, count_rows(block), digest(FORMAT_VERSION, source.settings, packing, rows))
 
 
 def _info(source: _Source, kept_out: list[Ranges], testing: bool) -> SourceInfo:
@@ -327,9 +256,9 @@ def _notices(data: DataSection, loaded: LoadedTokenizer) -> tuple[str, ...]:
         template = chat_template(loaded.chat_template, loaded.special_tokens, loaded.cut_tokens)
         if not template.marked:
             notices.append(
-                "chat_template: it has no {% generation %} marks, so the text that an assistant's message adds "
-                "to the conversation, after the generation prompt, is trained; rows in which the template "
-                "rewrites earlier turns are rejected"
+                "chat_template: it has no {% generation %} marks, so the text that an answer adds to "
+                "the chat, after the generation prompt, is trained; rows in which the template rewrites "
+                "earlier turns are rejected"
             )
     if "completion" in types and loaded.eos_id is None:
         notices.append("datasets: the tokenizer has no eos token, so completion texts end without one")

@@ -181,14 +181,15 @@ def _cut_tokens(
     for token in added:
         plain = not (token.lstrip or token.rstrip or token.single_word or token.normalized)
         written = token.content in (template or "") or token.content in special.values()
-        alone = all(not _overlap(token.content, other) for other in texts if other != token.content)
-        if token.special and plain and written and alone:
+        if token.special and plain and written and not any(_overlap(token.content, other) for other in texts):
             usable.append(token.content)
     return tuple(usable)
 
 
 def _overlap(first: str, second: str) -> bool:
-    """Can an occurrence of one share characters with an occurrence of the other?"""
+    """Can an occurrence of one share characters with an occurrence of the other, a different token?"""
+    if first == second:
+        return False
     if first in second or second in first:
         return True
     longest = min(len(first), len(second))

@@ -45,8 +45,9 @@ class ShardWait:
                 now = self._count()
                 if now <= written:
                     raise DataError(
-                        f"no shard was prepared in {self._plan.directory} for {self._timeout_s:.0f} s, and this "
-                        f"run waits for {path.name}: is preparation running, and do all nodes see the folder?"
+                        f"no shard was prepared in {self._plan.directory} for {self._timeout_s:.0f} s, "
+                        f"and this run waits for {path.name}: is preparation running, and do all nodes "
+                        "see the folder?"
                     )
                 written, deadline = now, time.monotonic() + self._timeout_s
             time.sleep(pause_s)

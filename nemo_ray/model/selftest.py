@@ -1,15 +1,21 @@
 """Refuses to train a wrong model: checks on the loaded model, as it will train, before the first step.
 
-1. Isolation: of two documents in a pack, changing the first one's last token must not move the second's
-   logits.
+1. Isolation: of two documents in a pack, changing the first must not move what the second gives: of the whole
+   model, with documents that end on a chunk's edge, and of each block alone, with an edge inside a chunk.
 2. Train and eval mode agree: what trains is what serves.
 3. LoRA acts: every factor gets a gradient, and there are as many expert adapters as MoE layers times targets.
+
+Why two kinds of isolation: inside a chunk, the scan's decays are differences of sums that run over both
+documents, so the second document's last bits depend on the first one. In bf16 such a bit flips a choice of
+experts some layers on, and the logits move as far as for a real leak (measured on a Nano-sized model with
+random weights: 2e-3 after one block, 2.3 at the logits). With edges on chunks it is equal to the bit.
 
 Every rank calls it together. The model is left as it was.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -20,64 +26,90 @@ from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.experts import RoutedExperts
 from nemo_ray.model.lora import LoraLinear, LoraTargets, lora_parameters
 
-# Largest change allowed, as a share of the logits' scale. A leak moves them by tenths of it; what remains in
-# float32 is the order of sums in grouped matmuls, in bf16 rounding on top.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-DOCUMENT_TOKENS = (37, 91)
+# Largest movement allowed, as a share of the scale of what is compared. A leak moves it by tenths; what remains
+# in float32 is the order of sums in grouped matmuls, in bf16 rounding on top.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
+EDGE_INSIDE_A_CHUNK = (37, 91)
 
 
 def self_test(
     model: nn.Module, targets: LoraTargets | None, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Run all checks.
+    """Run all checks on a model whose base is of `dtype`.
 
     Raises: PatchError naming the check, the figure and the tolerance.
     """
     if targets is not None:
         _check_expert_count(model, targets)
-    ids = torch.randint(
-        0, model.config.vocab_size, (1, sum(DOCUMENT_TOKENS)), generator=torch.Generator().manual_seed(7)
-    )
+    chunk = model.config.chunk_size
+    batch = _random_batch(model, (chunk, chunk), device)
     with _no_dropout(model), _perturbed_lora(model, device):
         for mode in ("train", "eval"):
             model.train(mode == "train")
-            _check_isolation(model, ids, device, TOLERANCE[dtype], mode)
-        _check_modes_agree(model, ids, device, TOLERANCE[dtype])
+            _check_isolation(model, batch, TOLERANCE[dtype], mode)
+            _check_blocks(model, _random_batch(model, EDGE_INSIDE_A_CHUNK, device), dtype, mode)
+        _check_modes_agree(model, batch, TOLERANCE[dtype])
         if targets is not None:
-            _check_gradients(model, ids, device)
+            _check_gradients(model, batch)
     model.train()
 
 
-def _logits(model: nn.Module, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return model.packed_logits(PackedBatch.from_lengths(ids.to(device), [list(DOCUMENT_TOKENS)]))
+def _random_batch(model: nn.Module, lengths: tuple[int, int], device: torch.device) -> PackedBatch:
+    """One pack of two documents; the same on every rank."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(0, model.config.vocab_size, (1, sum(lengths)), generator=generator)
+    return PackedBatch.from_lengths(ids.to(device), [list(lengths)])
+
+
+def _movement(before: torch.Tensor, after: torch.Tensor, first: int, scale: torch.Tensor) -> float:
+    """Largest change of the tokens from `first` on, (1, T, ...), as a share of `scale`."""
+    return float((before - after)[:, first:].float().abs().max() / scale.float().std())
 
 
 @torch.no_grad()
-def _check_isolation(
-    model: nn.Module, ids: torch.Tensor, device: torch.device, tolerance: float, mode: str
-) -> None:
-    first = DOCUMENT_TOKENS[0]
-    changed = ids.clone()
-    changed[0, first - 1] = (changed[0, first - 1] + 1) % model.config.vocab_size
-    before, after = _logits(model, ids, device), _logits(model, changed, device)
-    scale = float(before.std())
-    moved = float((before - after)[:, first:].abs().max()) / scale
+def _check_isolation(model: nn.Module, batch: PackedBatch, tolerance: float, mode: str) -> None:
+    first = int(batch.cu_seqlens[1])
+    ids = batch.input_ids.clone()
+    ids[:, :first] = (ids[:, :first] + 1) % model.config.vocab_size
+    before, after = model.packed_logits(batch), model.packed_logits(replace(batch, input_ids=ids))
+    moved = _movement(before, after, first, scale=before)
     if not moved <= tolerance:
         raise PatchError(
             f"self-test: packed documents see each other in {mode} mode: the second document's logits moved "
-            f"by {moved:.2e} of their scale when the first one's last token changed (at most {tolerance:.0e})"
+            f"by {moved:.2e} of their scale when the first one changed (at most {tolerance:.0e})"
         )
-    if not float((before - after)[:, first - 1].abs().max()) > 0:
-        raise PatchError(f"self-test: in {mode} mode the logits do not depend on the input at all")
+    if not _movement(before[:, :first], after[:, :first], 0, scale=before) > tolerance:
+        raise PatchError(f"self-test: in {mode} mode the logits do not depend on the input")
 
 
 @torch.no_grad()
-def _check_modes_agree(model: nn.Module, ids: torch.Tensor, device: torch.device, tolerance: float) -> None:
+def _check_blocks(model: nn.Module, batch: PackedBatch, dtype: torch.dtype, mode: str) -> None:
+    """The same of each block that mixes tokens, on random hidden states."""
+    first, tokens = int(batch.cu_seqlens[1]), batch.input_ids.shape[1]
+    device = batch.input_ids.device
+    draws = torch.randn(2, 1, tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(9))
+    hidden, other = draws.to(device=device, dtype=dtype)
+    changed = torch.cat([other[:, :first], hidden[:, first:]], dim=1)
+    for number, block in enumerate(model.model.layers):
+        if block.block_type not in ("linear_attention", "full_attention"):
+            continue
+        before, after = block(hidden, packed=batch), block(changed, packed=batch)
+        moved = _movement(before, after, first, scale=before - hidden)
+        if not moved <= TOLERANCE[dtype]:
+            raise PatchError(
+                f"self-test: packed documents see each other in block {number} ({block.block_type}) in {mode} "
+                f"mode: the second document moved by {moved:.2e} of the block's scale when the first one "
+                f"changed (at most {TOLERANCE[dtype]:.0e})"
+            )
+
+
+@torch.no_grad()
+def _check_modes_agree(model: nn.Module, batch: PackedBatch, tolerance: float) -> None:
     model.train()
-    training = _logits(model, ids, device)
+    training = model.packed_logits(batch)
     model.eval()
-    serving = _logits(model, ids, device)
-    off = float((training - serving).abs().max() / serving.std())
+    serving = model.packed_logits(batch)
+    off = _movement(training, serving, 0, scale=serving)
     if not off <= tolerance:
         raise PatchError(
             f"self-test: train and eval mode disagree by {off:.2e} of the logits' scale "
@@ -85,9 +117,9 @@ def _check_modes_agree(model: nn.Module, ids: torch.Tensor, device: torch.device
         )
 
 
-def _check_gradients(model: nn.Module, ids: torch.Tensor, device: torch.device) -> None:
+def _check_gradients(model: nn.Module, batch: PackedBatch) -> None:
     model.train()
-    _logits(model, ids, device).logsumexp(-1).sum().backward()
+    model.packed_logits(batch).logsumexp(-1).sum().backward()
     for name, parameter in lora_parameters(model).items():
         gradient = parameter.grad
         if gradient is None:

@@ -18,10 +18,10 @@ exit codes: 0 done, 1 the run failed, 2 the configuration is wrong (nothing was 
 """
 
 
-def parser(program: str) -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """The command line of training."""
     result = argparse.ArgumentParser(
-        prog=program,
+        prog="python -m nemo_ray.train",
         description="Fine-tune a Nemotron-H model on Ray. The keys are listed in docs/config.md.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -36,9 +36,9 @@ def parser(program: str) -> argparse.ArgumentParser:
     return result
 
 
-def main(arguments: Sequence[str] | None = None, program: str = "python -m nemo_ray.train") -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code. A configuration that is refused is refused before torch or Ray are loaded."""
-    given = parser(program).parse_args(arguments)
+    given = parser().parse_args(arguments)
     try:
         from nemo_ray.config.load import load_config
 

@@ -27,12 +27,12 @@ from nemo_ray.train.resources import Demand
 CONNECT_WITHIN_S = 20.0
 CONTROLLER_FAILURES = 3
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
-# Ray 2.60: `report` waits for the controller's next poll (2 s by default); workers' prints come twice with
-# the patch; and workers must stay in the driver's directory, since a submitted job's paths are relative to it.
+# What Ray 2.60 does otherwise:
 _ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # each report waits for the controller's poll, every 2 s
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # workers' prints come twice
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers leave the directory that a job's paths are relative to
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that calls Ray after its end starts another one
 }
 WorkerFunction = Callable[[Mapping[str, Any]], Any]
 
@@ -169,11 +169,13 @@ def fit(
     Raises what Ray raises: see failures.py.
     """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={"worker": worker, "output_dir": str(run.path), "loop_config": dict(loop_config)},
+        # gloo beside NCCL: counts and checkpoints are exchanged on the CPU, and never wait for the GPU.
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=wanted.num_workers,
             use_gpu=wanted.use_gpu,

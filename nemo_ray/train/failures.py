@@ -3,11 +3,13 @@
 Ray's wrappers are recognized by the attributes in which they keep what they wrap (Ray 2.60).
 """
 
+import re
 from collections.abc import Mapping
 
 from nemo_ray.errors import ClusterError, NemoRayError
 
 _LINE_CHARACTERS = 400
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _WRAPPED_IN = ("controller_failure", "health_check_failure", "cause", "_base_exc")
 _COLLATERAL = (
     "connection closed by peer",
@@ -75,9 +77,11 @@ def one_line(error: BaseException) -> str:
     cause = root_cause(error)
     if isinstance(cause, NemoRayError):
         return str(cause)
-    text = str(cause).strip()
-    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    if type(cause).__name__ in ("RayActorError", "ActorDiedError"):
+    lines = [line.strip() for line in _ANSI.sub("", str(cause)).splitlines() if line.strip()]
+    first = lines[0] if lines else ""
+    if "creation task" in first:  # Ray ends its message with what it met there
+        first = f"Ray could not start the run's processes: {lines[-1]}"
+    elif type(cause).__name__ in ("RayActorError", "ActorDiedError"):
         first = f"a training worker was lost (killed, or out of memory): {first}"
     else:
         first = f"{type(cause).__name__}: {first}" if first else type(cause).__name__

@@ -105,10 +105,10 @@ class Launch:
         self.errors = Console(stderr=True, highlight=False)
         self.environment = cluster.Environment()
         self.stop_data = threading.Event()
-        self.interrupts = Interrupts(self._release)
+        self.interrupts = Interrupts(lambda: self._end(INTERRUPTED))
         self.started_s = time.monotonic()
         self.begun = False
-        self._releasing = threading.Lock()
+        self._ending = threading.Lock()
 
     def run(self) -> int:
         """Do it all; every way out ends Ray and says in one line what happened."""
@@ -123,8 +123,7 @@ class Launch:
             except Exception as error:
                 code = self._fail(error)
             finally:
-                self._release()
-                self._record_end(code)
+                self._end(code)
         return code
 
     def say(self, text: str) -> None:
@@ -139,7 +138,7 @@ class Launch:
         start = outputs.decide_start(run, config)
         address = cluster.address_to_join(config.ray, os.environ)
         resources.require_num_workers(config.ray, connected=address is not None)
-        plan = self.parts.plan(config.data, config.base_model, config.dataset_prepared_path or "")
+        plan = self.plan = self.parts.plan(config.data, config.base_model, config.dataset_prepared_path or "")
         if start.checkpoint is not None:
             outputs.check_plan(run, plan)
         wanted, beside = self._enter_ray(address)
@@ -194,9 +193,9 @@ class Launch:
         """Prepare data and train; returns when the workers ended well, or after a signal."""
         config, run = self.config, self.run_dir
         with ProgressDisplay(self.console, run, live=self.console.is_terminal) as display:
-            display.stage("preparing data")
             data = Background("data", lambda: self.parts.prepare(plan, config, self.stop_data, display.data))
             if not beside:
+                display.stage("preparing data")
                 display.say("note: the workers take all CPUs, so all data is prepared before they start")
                 self._watch(display, data, data)
                 if data.error is not None:
@@ -215,7 +214,7 @@ class Launch:
 
     def _watch(self, display: ProgressDisplay, work: Background, data: Background) -> None:
         """Show progress until `work` has ended; pass a signal, or the end of the data, on to the workers."""
-        stopping = False
+        stopping = data_told = False
         give_up_s = float("inf")
         while not work.wait(_POLL_S):
             with contextlib.suppress(OSError):  # a hiccup of the file system is no reason to end a run
@@ -226,6 +225,10 @@ class Launch:
                 stopping = True
                 self.run_dir.request_stop()
                 display.say("stopping: saving a checkpoint (again to stop at once)")
+            if not data_told and data.wait(0):
+                data_told = True
+                for line in summary.data_lines(self.plan) if data.error is None else ():
+                    display.say(line)
             if data.error is not None and not stopping:
                 stopping = True
                 self.run_dir.request_stop()
@@ -256,14 +259,15 @@ class Launch:
         for part in line.splitlines():
             self.errors.print(Text(f"error: {part}"), soft_wrap=True)
 
-    def _release(self) -> None:
+    def _end(self, code: int) -> None:
         """End the data pipeline and Ray: at every end, and at a second signal while the first is served."""
-        if not self._releasing.acquire(blocking=False):
+        if not self._ending.acquire(blocking=False):
             return
         self.stop_data.set()
         if "ray" in sys.modules:
             cluster.shutdown()
         self.environment.restore()
+        self._record_end(code)
 
     def _record_end(self, code: int) -> None:
         """Note how it ended; a run that recorded nothing leaves nothing for a next one to stumble over."""
@@ -272,9 +276,8 @@ class Launch:
             return
         shutil.rmtree(run.ray_dir, ignore_errors=True)
         run.stop_file.unlink(missing_ok=True)
-        if code != 0 and not run.has_results():
-            for path in (run.run_json, run.data_plan_file, run.progress_file):
-                path.unlink(missing_ok=True)
+        if code != 0 and not run.has_trained():
+            run.clear(keep=(run.error_file,))
             return
         outcome = {0: "finished", INTERRUPTED: "stopped"}.get(code, "failed")
         run.update_run({"outcome": outcome, "ended_at": datetime.now(UTC).isoformat(timespec="seconds")})

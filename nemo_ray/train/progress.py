@@ -25,6 +25,7 @@ _PHASES = {
     "exporting": "writing the result",
     "done": "",
 }
+_ROW_FIGURES = ("step", "loss", "lr", "tokens_per_s")
 BEFORE_TRAINING = ("loading", "self-test")
 """Phases in which a run has nothing to save."""
 
@@ -157,12 +158,14 @@ class ProgressDisplay:
             self._figures |= {name: value for name, value in progress.items() if value is not None}
             if self.phase in BEFORE_TRAINING and before not in (None, *BEFORE_TRAINING):
                 self.say("a worker was lost: starting again from " + self._newest_checkpoint())
+            self._tell_model()
         for row in self._tail.new_rows():
             if "eval_loss" in row:
                 self.say(f"held-out loss {row['eval_loss']:.4f} at step {row['step']}")
+            else:  # written at every logged step, where progress.json may skip some
+                self._figures |= {name: row[name] for name in _ROW_FIGURES if name in row}
         if self._clock() - self._looked_at_s >= _SLOW_POLL_S or self.phase == "done":
             self._looked_at_s = self._clock()
-            self._tell_model()
             self._tell_checkpoints()
         self._draw()
 

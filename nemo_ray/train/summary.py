@@ -11,6 +11,7 @@ from rich.text import Text
 
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.statistics import data_statistics, describe
 from nemo_ray.plan import block_types
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.progress import duration
@@ -40,7 +41,8 @@ def describe_adapter(config: Config) -> str:
     """What is trained."""
     if config.adapter is None:
         return "none: every weight is trained"
-    targets = [*config.lora_target_modules, *(f"experts' {name}" for name in config.lora_target_parameters)]
+    banks = [name.rpartition(".")[2] for name in config.lora_target_parameters]
+    targets = [*config.lora_target_modules, *(f"experts' {name}" for name in banks)]
     if config.lora_target_linear:
         targets.insert(0, "every linear layer")
     return f"{config.adapter}, r={config.lora_r}, alpha={config.lora_alpha:g}, on {', '.join(targets)}"
@@ -68,6 +70,15 @@ def describe_data(config: Config, plan: DataPlan, world_size: int) -> list[Row]:
             f"{plan.sequence_len} x {config.gradient_accumulation_steps} accumulated; {length}",
         ),
     ]
+
+
+def data_lines(plan: DataPlan) -> list[str]:
+    """What became of the rows, once all are prepared; the rejected ones are counted by reason and listed."""
+    statistics = data_statistics(plan)
+    lines = [f"data: {line}" for line in describe(statistics)[len(plan.sources) :]]
+    if plan.rejected_path.exists() and any(statistics[part]["rejected"] for part in ("train", "held_out")):
+        lines.append(f"data: rejected rows are listed in {plan.rejected_path}")
+    return lines
 
 
 def describe_workers(wanted: Demand, config: Config, where: str) -> str:
@@ -143,4 +154,6 @@ def print_completions(console: Console, run: RunDir) -> None:
 
 def _shown(text: str) -> str:
     text = " ".join(text.split())
+    if not text:
+        return "(nothing)"
     return text if len(text) <= _COMPLETION_CHARACTERS else text[:_COMPLETION_CHARACTERS] + "..."

@@ -224,6 +224,8 @@ def test_a_folder_named_like_a_hub_model_is_used(world: Keys) -> None:
     ("spec", "part"),
     [
         ({"path": "gone.jsonl"}, "datasets.0.path: gone.jsonl does not exist"),
+        ({"path": "data/gone.jsonl"}, "datasets.0.path: data/gone.jsonl does not exist"),
+        ({"path": "base/gone"}, "datasets.0.path: base/gone does not exist"),
         ({"path": "mlabonne/FineTome-100k"}, "hf download mlabonne/FineTome-100k --repo-type dataset"),
         (
             {"path": ".", "data_files": ["rows.jsonl", "gone.jsonl"]},

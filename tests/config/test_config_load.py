@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nemo_ray.config.axolotl import RENAMED
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import (
     AdapterSection,
@@ -20,6 +21,7 @@ from nemo_ray.config.schema import (
     Section,
     TrainSection,
 )
+from nemo_ray.config.translate import FOLDED_KEYS
 from nemo_ray.errors import ConfigError
 from tests.config.helpers import Keys, errors_of, load, lora
 
@@ -116,6 +118,15 @@ def test_overrides_reach_sections_and_lists(world: Keys) -> None:
     assert [spec.type for spec in config.datasets] == ["chat_template", "completion"]
 
 
+def test_override_of_whole_sections(world: Keys) -> None:
+    path = world["datasets"][0]["path"]
+    config = load(
+        world, f"datasets={{path: {path}, message_field_role: from}}", "ray={num_workers: 2}"
+    ).config
+    assert config.datasets[0].message_property_mappings["role"] == "from"
+    assert config.ray.num_workers == 2
+
+
 def test_override_without_value_makes_absent(world: Keys) -> None:
     world["evals_per_epoch"], world["val_set_size"] = 3, 0.1
     config = load(world, "evals_per_epoch=", "eval_steps=5").config
@@ -162,7 +173,7 @@ def test_any_file_loads_or_is_a_config_error(tmp_path: Path, text: str) -> None:
 
 
 @given(
-    key=st.sampled_from(sorted(Config.model_fields)),
+    key=st.sampled_from(sorted({*Config.model_fields, *FOLDED_KEYS, *RENAMED})),
     value=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -173,7 +184,13 @@ def test_any_file_loads_or_is_a_config_error(tmp_path: Path, text: str) -> None:
 def test_any_value_loads_or_names_its_key(world: Keys, key: str, value: object) -> None:
     base = lora(world) | {"val_set_size": 0.1}
     for line in errors_of(base | {key: value}):
-        assert key in line or "must" in line or "missing" in line or "quote it" in line, line
+        assert (
+            key in line
+            or RENAMED.get(key, key) in line
+            or "must" in line
+            or "missing" in line
+            or "quote it" in line
+        ), line
 
 
 @pytest.mark.parametrize(

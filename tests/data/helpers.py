@@ -31,9 +31,22 @@ PLAIN = (
 )
 
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>", "<s>")
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box in quiet\n\n rooms 12 34 ünï 你好 🙂".split(
-    " "
-)
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "box",
+]
+WORDS += ["in", "quiet\n\n", "rooms", "12", "34", "ünï", "你好", "🙂"]
 
 
 def write_tokenizer(

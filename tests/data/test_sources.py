@@ -143,11 +143,9 @@ def test_keys_follow_all_that_shapes_a_shard_and_nothing_else(base: Path, tmp_pa
         "unpacked": {"sample_packing": False},
         "truncate": {"excess_length_strategy": "truncate"},
         "inputs": {"train_on_inputs": True},
-        "completion": {"dataset": {"type": "completion", "field": "messages"}},
     }
     for name, options in variants.items():
-        if name != "completion":
-            keys[name] = plan(section(path, **options), base, tmp_path).windows[0].key
+        keys[name] = plan(section(path, **options), base, tmp_path).windows[0].key
     assert len(set(keys.values())) == len(keys)
     moved = write_lines(tmp_path / "elsewhere" / "rows.jsonl", chats(200))
     assert plan(section(moved), base, tmp_path).windows[0].key == keys["plain"]

@@ -60,14 +60,12 @@ def test_ids_and_mask_equal_transformers(base: Path, turns: list[tuple[str, str]
     assert sample.targets.tolist() == mask
 
 
-MERGING = "{% for m in messages %}{{ m.role + ':' }}{% generation %}{{ m.content }}{% endgeneration %}{{ ';' }}{% endfor %}"
+CONTENT = "{% generation %}{{ m.content }}{% endgeneration %}"
+MERGING = "{% for m in messages %}{{ m.role + ':' }}" + CONTENT + "{{ ';' }}{% endfor %}"
 HEADERLESS = (
     "{% for m in messages %}<s>{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}"
 )
-ENDLESS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }} {% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
-    "{% endfor %}"
-)
+ENDLESS = "{% for m in messages %}<|im_start|>{{ m.role }} " + CONTENT + "<|im_end|>{% endfor %}"
 
 
 @pytest.mark.parametrize("template", [MERGING, HEADERLESS, ENDLESS])
@@ -81,9 +79,7 @@ def test_marks_away_from_special_tokens(tmp_path: Path, template: str) -> None:
 
 def test_a_token_across_a_mark_is_a_target(tmp_path: Path) -> None:
     # "the" is one token: the mark begins inside it.
-    folder = write_tokenizer(
-        tmp_path, "{% for m in messages %}t{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    )
+    folder = write_tokenizer(tmp_path, "{% for m in messages %}t" + CONTENT + "{% endfor %}")
     row = [{"role": "assistant", "content": "he quick"}]
     ids, mask = reference(folder, row)
     sample = one(encoder(folder).encode([{"messages": row}]))
@@ -118,7 +114,8 @@ def test_without_marks_targets_are_what_an_answer_adds(tmp_path: Path, base: Pat
 
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
-    "{{ '<think></think>' if loop.last or not DROP else '' }}{% endif %}{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{{ '<think></think>' if loop.last or not DROP else '' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
 )
 
@@ -151,6 +148,8 @@ def test_a_template_that_rewrites_history_is_refused_by_name(tmp_path: Path) -> 
         ({"messages": [{"role": "assistant"}]}, "a message has no 'content'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
         ({"messages": [{"role": "assistant", "content": "\ufdd0"}]}, "the chat template's marks are broken"),
+        ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "invalid Unicode"),
+        ({"messages": [{"role": "assistant", "content": [1]}]}, None),
         ({"messages": [{"role": "assistant", "content": 3}]}, None),
     ],
 )

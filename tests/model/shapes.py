@@ -63,4 +63,4 @@ def randomize_lora(model: nn.Module, seed: int = 5) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
-            parameter.normal_(0, 0.1, generator=generator)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)

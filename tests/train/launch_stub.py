@@ -1,5 +1,6 @@
-"""A launch with small parts instead of a model and its data: `python launch_stub.py BEHAVIOUR OUTPUT_DIR [key=value]`.
+"""A launch with small parts instead of a model and its data.
 
+Used as `python launch_stub.py BEHAVIOUR OUTPUT_DIR [key=value ...]`.
 It is a script, so that its functions travel to Ray's workers by value.
 """
 
@@ -42,24 +43,15 @@ def write_inputs(folder: Path) -> Path:
     (folder / "rows.jsonl").write_text('{"messages": []}\n')
     config = folder / "run.yaml"
     config.write_text(
-        f"base_model: {folder / 'base'}\nadapter: lora\nlora_target_modules: [q_proj]\nmax_steps: {NUM_STEPS}\n"
-        f"datasets:\n  - path: {folder / 'rows.jsonl'}\nray:\n  num_workers: 2\n"
+        f"base_model: {folder / 'base'}\nadapter: lora\nlora_target_modules: [q_proj]\n"
+        f"max_steps: {NUM_STEPS}\ndatasets:\n  - path: {folder / 'rows.jsonl'}\nray:\n  num_workers: 2\n"
     )
     return config
-
-
-def plan(data, base_model, directory):
-    return DataPlan(directory, "f00d", data.sequence_len, (Window(0, (), 1, "k"),), (), (), (), 0)
 
 
 class StubPlan(DataPlan):
     def estimated_tokens(self, window):
         return 100.0
-
-
-def make_plan(data, base_model, directory):
-    made = plan(data, base_model, directory)
-    return StubPlan(**{name: getattr(made, name) for name in made.__dataclass_fields__})
 
 
 def prepare(plan, config, stop, progress):
@@ -80,7 +72,7 @@ def worker(loop_config):
     from nemo_ray.run_dir import RunDir
 
     run = RunDir(loop_config["output_dir"])
-    behaviour = loop_config["plan"].fingerprint
+    behaviour = os.environ["STUB_BEHAVIOUR"]
     rank = ray.train.get_context().get_world_rank()
     dist.barrier()
     if behaviour == "ours" and rank == 1:
@@ -118,16 +110,15 @@ def worker(loop_config):
 
 def main() -> int:
     behaviour, output_dir = sys.argv[1], Path(sys.argv[2])
+    os.environ["STUB_BEHAVIOUR"] = behaviour  # a local Ray's workers inherit it
     config = write_inputs(output_dir.parent / "inputs")
     loaded = load_config(str(config), [f"output_dir={output_dir}", *sys.argv[3:]])
 
-    def plan_as(data, base_model, directory):
-        made = make_plan(data, base_model, directory)
-        return StubPlan(
-            **{**{n: getattr(made, n) for n in made.__dataclass_fields__}, "fingerprint": behaviour}
-        )
+    def plan(data, base_model, directory):
+        window = Window(0, (), 1, "key")
+        return StubPlan(directory, "f00d", data.sequence_len, (window,), (), (), (), 0)
 
-    return Launch(loaded, Parts(plan=plan_as, prepare=prepare, worker=worker)).run()
+    return Launch(loaded, Parts(plan=plan, prepare=prepare, worker=worker)).run()
 
 
 if __name__ == "__main__":

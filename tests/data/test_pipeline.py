@@ -1,0 +1,188 @@
+"""The pipeline through Ray Data, and the command. One local Ray for all of it."""
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nemo_ray.data import sources
+from nemo_ray.data.__main__ import main
+from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.order import window_order
+from nemo_ray.data.reader import PackReader
+from nemo_ray.data.shards import read_stats
+from nemo_ray.data.sources import plan_data
+from nemo_ray.data.statistics import data_statistics
+from nemo_ray.errors import DataError
+from tests.data.helpers import chats, prepare_all, section, write_lines
+
+
+def write_config(tmp_path: Path, base: Path, **keys: object) -> Path:
+    path = tmp_path / "config.yaml"
+    values = {
+        "base_model": str(base),
+        "datasets": [{"path": str(tmp_path / "rows.jsonl"), "type": "chat_template"}],
+        "sequence_len": 128,
+        "output_dir": str(tmp_path / "out"),
+        **keys,
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_show_prints_trained_tokens_and_their_share_without_ray(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "quick"}]},
+        {"messages": [{"role": "user", "content": "a fox"}]},
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    config = write_config(tmp_path, base)
+    assert main([str(config), "--show", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "the fox<|im_end|>" in out and "«quick<|im_end|>»" in out
+    assert "tokens, 2 trained (" in out and "rejected: no assistant turn" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_one_line_and_an_exit_code(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_lines(tmp_path / "rows.jsonl", [{"text": "x"}] * 4)
+    config = write_config(tmp_path, base)
+    assert main([str(config)]) == 2
+    assert capsys.readouterr().err.startswith("error: datasets[0].field_messages: no row of ")
+    write_lines(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "x"}]}] * 4)
+    assert main([str(config)]) == 1
+    assert "no assistant turn" in capsys.readouterr().err
+
+
+# -- through Ray ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    from nemo_ray.data.pipeline import start_ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # start_ray leaves the mode alone where it is set
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        start_ray(None)
+        yield
+        ray.shutdown()
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(180)
+def test_shards_from_ray_are_those_made_here(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None
+) -> None:
+    from nemo_ray.data.pipeline import prepare
+
+    monkeypatch.setattr(sources, "PACKS_PER_WINDOW", 16)
+    data = section(write_lines(tmp_path / "rows.jsonl", chats(500, words=6)), val_set_size=0.1)
+    plan = plan_data(data, str(base), str(tmp_path / "ray"))
+    here = plan_data(data, str(base), str(tmp_path / "here"))
+    prepare_all(here, data, base)
+
+    ready: list[tuple[int, int]] = []
+    driver = threading.Thread(
+        target=prepare,
+        args=(plan, data, str(base)),
+        kwargs={"order": window_order(plan, 0), "num_cpus": 0.9, "progress": lambda *now: ready.append(now)},
+    )
+    driver.start()
+    reader = PackReader(plan, seed=0, num_epochs=1, rank=0, world_size=1, packs_per_step=4, timeout_s=60)
+    rows = 0
+    while (step := reader.next_step()) is not None:
+        rows += sum(len(ids) for ids in step.sample_ids)
+    driver.join()
+    count = len(plan.windows) + len(plan.eval_windows)
+    assert count > 5 and ready == [(n + 1, count) for n in range(count)]
+    assert rows == data_statistics(plan)["train"]["documents"] > 100
+    for window in (*plan.windows, *plan.eval_windows):
+        assert plan.shard_path(window).read_bytes() == here.shard_path(window).read_bytes()
+
+    # A second run makes only what is missing.
+    changed = {path.name: path.stat().st_mtime_ns for path in Path(plan.directory).glob("*.arrow")}
+    plan.shard_path(plan.windows[0]).unlink()
+    prepare(plan, data, str(base))
+    again = {path.name: path.stat().st_mtime_ns for path in Path(plan.directory).glob("*.arrow")}
+    assert {name for name in changed if changed[name] != again[name]} == {f"{plan.windows[0].key}.arrow"}
+
+    # A stop ends it early.
+    for window in plan.windows:
+        plan.shard_path(window).unlink()
+    stop = threading.Event()
+    stop.set()
+    prepare(plan, data, str(base), stop=stop)
+    assert sum(plan.shard_path(window).exists() for window in plan.windows) < len(plan.windows)
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(180)
+def test_bad_rows_are_listed_and_too_many_of_them_stop_the_run(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local_ray: None
+) -> None:
+    from nemo_ray.data.pipeline import prepare
+
+    monkeypatch.setattr(sources, "PACKS_PER_WINDOW", 16)
+    rows = chats(300, words=6)
+    rows[120] = {"other": 1}
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    data = section(path)
+    plan = plan_data(data, str(base), str(tmp_path / "prepared"))
+    prepare(plan, data, str(base))
+    listed = [json.loads(line) for line in plan.rejected_path.read_text().splitlines()]
+    assert listed == [{"file": str(path), "row": 120, "reason": "no field 'messages'", "detail": ""}]
+
+    rows[200:230] = [{"messages": [{"role": "user", "content": "x"}]}] * 30
+    data = section(write_lines(tmp_path / "bad.jsonl", rows))
+    plan = plan_data(data, str(base), str(tmp_path / "prepared"))
+    with pytest.raises(DataError, match=r"no assistant turn \(.*bad.jsonl row 200, "):
+        prepare(plan, data, str(base))
+    reader = PackReader(plan, seed=0, num_epochs=9, rank=0, world_size=1, packs_per_step=64)
+    missing = DataPlan.from_json({**plan.to_json(), "directory": str(tmp_path / "none")})
+    assert plan.failure_path.exists() and reader.next_step() is not None
+    assert not missing.failure_path.exists()
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(180)
+def test_a_failing_task_is_one_line_for_pipeline_and_readers(
+    base: Path, tmp_path: Path, local_ray: None
+) -> None:
+    from nemo_ray.data.pipeline import prepare
+
+    path = write_lines(tmp_path / "rows.jsonl", chats(50))
+    data = section(path)
+    plan = plan_data(data, str(base), str(tmp_path / "prepared"))
+    path.write_text("")
+    with pytest.raises(DataError, match="rows.jsonl has changed since this run's data was planned"):
+        prepare(plan, data, str(base))
+    reader = PackReader(plan, seed=0, num_epochs=1, rank=0, world_size=1, packs_per_step=1)
+    with pytest.raises(DataError, match="rows.jsonl has changed since"):
+        reader.next_step()
+    write_lines(path, chats(50))
+    prepare(plan, data, str(base))
+    assert not plan.failure_path.exists() and read_stats(plan.shard_path(plan.windows[0])).documents
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_data_tasks_do_not_load_torch(local_ray: None) -> None:
+    import ray
+
+    def loaded(row: dict[str, int]) -> dict[str, bool]:
+        import nemo_ray.data.prepare  # noqa: F401
+
+        return {"torch": "torch" in sys.modules}
+
+    assert ray.data.range(1).map(loaded).take_all() == [{"torch": False}]
