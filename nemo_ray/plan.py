@@ -74,7 +74,7 @@ def count_base(model: Mapping[str, Any]) -> int:
         elif kind == "moe":
             experts = model["n_routed_experts"]
             total += experts * (hidden + sum(out * into for out, into in expert_shapes(model).values()))
-    return total + hidden + 2 * model["vocab_size"] * hidden
+    return int(total + hidden + 2 * model["vocab_size"] * hidden)
 
 
 def count_lora(config: Config, model: Mapping[str, Any]) -> int:

@@ -55,7 +55,7 @@ def publish_folder(partial: str | Path, path: str | Path) -> None:
 
 
 def remove_tree(path: str | Path) -> None:
-    """Delete a folder in one visible step: it is renamed first, so that no half-deleted folder is ever read."""
+    """Delete a folder in one visible step: it is renamed first, so that no half-deleted one is ever read."""
     path = Path(path)
     if path.exists():
         retired = _aside(path)

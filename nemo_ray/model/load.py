@@ -41,7 +41,7 @@ def read_model_config(base_model: str) -> NemotronHConfig:
         found = raw.get("model_type") if isinstance(raw, dict) else None
         raise ConfigError(f"base_model: {path} has model_type {found!r}, and nemo_ray trains nemotron_h only")
     try:
-        config = NemotronHConfig.from_dict(raw)
+        config = NemotronHConfig.from_pretrained(base_model, local_files_only=True)
     except Exception as error:  # transformers raises several kinds, some of them its own
         raise ConfigError(f"base_model: {path} is no usable nemotron_h config: {error}") from None
     if config.tie_word_embeddings:

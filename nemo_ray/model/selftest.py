@@ -26,8 +26,8 @@ from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.experts import RoutedExperts
 from nemo_ray.model.lora import LoraLinear, LoraTargets, lora_parameters
 
-# Largest movement allowed, as a share of the scale of what is compared. A leak moves it by tenths; what remains
-# in float32 is the order of sums in grouped matmuls, in bf16 rounding on top.
+# Largest movement allowed, as a share of the scale of what is compared. A leak moves it by tenths; what
+# remains in float32 is the order of sums in grouped matmuls, in bf16 rounding on top.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 EDGE_INSIDE_A_CHUNK = (37, 91)
 
@@ -97,9 +97,9 @@ def _check_blocks(model: nn.Module, batch: PackedBatch, dtype: torch.dtype, mode
         moved = _movement(before, after, first, scale=before - hidden)
         if not moved <= TOLERANCE[dtype]:
             raise PatchError(
-                f"self-test: packed documents see each other in block {number} ({block.block_type}) in {mode} "
-                f"mode: the second document moved by {moved:.2e} of the block's scale when the first one "
-                f"changed (at most {TOLERANCE[dtype]:.0e})"
+                f"self-test: packed documents see each other in block {number} ({block.block_type}) in "
+                f"{mode} mode: the second document moved by {moved:.2e} of the block's scale when the first "
+                f"one changed (at most {TOLERANCE[dtype]:.0e})"
             )
 
 

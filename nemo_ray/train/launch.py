@@ -33,7 +33,7 @@ from nemo_ray.train import cluster, outputs, resources, summary
 from nemo_ray.train.failures import one_line, root_cause
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
-from nemo_ray.train.progress import BEFORE_TRAINING, ProgressDisplay
+from nemo_ray.train.progress import ProgressDisplay
 
 _POLL_S = 0.2
 _END_AFTER_DATA_FAILED_S = 120.0
@@ -220,7 +220,7 @@ class Launch:
             with contextlib.suppress(OSError):  # a hiccup of the file system is no reason to end a run
                 display.poll()
             if self.interrupts.count and not stopping:
-                if display.phase in (None, *BEFORE_TRAINING):
+                if display.nothing_to_save:
                     raise KeyboardInterrupt
                 stopping = True
                 self.run_dir.request_stop()

@@ -27,7 +27,7 @@ _PHASES = {
 }
 _ROW_FIGURES = ("step", "loss", "lr", "tokens_per_s")
 BEFORE_TRAINING = ("loading", "self-test")
-"""Phases in which a run has nothing to save."""
+"""Phases before the first evaluation."""
 
 
 def duration(seconds: float) -> str:
@@ -130,6 +130,13 @@ class ProgressDisplay:
     def __exit__(self, *exc: object) -> None:
         if self._live is not None:
             self._live.stop()
+
+    @property
+    def nothing_to_save(self) -> bool:
+        """Whether an end now loses nothing: training has not begun."""
+        figures = self._figures
+        evaluates_first = self.phase == "evaluating" and figures.get("step") == 0
+        return self.phase in (None, *BEFORE_TRAINING) or evaluates_first
 
     @property
     def phase(self) -> str | None:

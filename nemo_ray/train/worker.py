@@ -3,7 +3,6 @@
 It owns the order in which the parts are made. Ray is used for the rank, the device and `report`, no more.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +159,6 @@ def export(
         model = trainee.model
         save_model(model, model.config, config.base_model, partial, torch.bfloat16, write)
     else:
-        base = os.path.abspath(config.base_model)
-        save_adapter(trainee.model, config.adapter_config, targets, base, partial, write)
+        save_adapter(trainee.model, config.adapter_config, targets, config.base_model, partial, write)
     if write:
         publish_folder(partial, final)

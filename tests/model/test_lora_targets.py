@@ -1,0 +1,72 @@
+"""Which names LoRA targets match, and what is said of those that match nothing."""
+
+import pytest
+import torch
+
+from nemo_ray.config.schema import AdapterSection
+from nemo_ray.errors import ConfigError
+from nemo_ray.model.load import build
+from nemo_ray.model.lora import LINEAR_NAMES, scaling_of
+from tests.model.shapes import CPU, tiny_config
+
+
+def targets(latent: int | None = None, **adapter: object):
+    return build(
+        tiny_config(latent=latent), AdapterSection(adapter="lora", lora_r=4, **adapter), torch.float32, CPU
+    )[1]
+
+
+def leaves(names) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
+
+
+def test_target_linear_is_every_linear_layer_but_router_head_and_embeddings():
+    found = targets(latent=32, lora_target_linear=True)
+    assert leaves(found.modules) == set(LINEAR_NAMES)
+    assert len(found.modules) == 4 + 2 * 2 + 2 * 4 + 2
+    assert found.parameters == ()
+
+
+def test_a_bare_name_means_linear_layers_in_modules_and_experts_in_parameters():
+    found = targets(lora_target_modules=("up_proj",), lora_target_parameters=("up_proj",))
+    assert len(found.modules) == 3 and not any(".experts." in name for name in found.modules)
+    assert found.parameters == (
+        "model.layers.1.mixer.experts.up_proj",
+        "model.layers.5.mixer.experts.up_proj",
+    )
+
+
+def test_a_path_and_an_expression_match_a_part():
+    assert targets(lora_target_modules=("layers.2.mixer.q_proj",)).modules == ("model.layers.2.mixer.q_proj",)
+    found = targets(lora_target_modules=(r"model\.layers\.[04]\.mixer\.in_proj",))
+    assert found.modules == ("model.layers.0.mixer.in_proj", "model.layers.4.mixer.in_proj")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (
+            {"lora_target_modules": ("q_porj",)},
+            "'q_porj' matches nothing in this model; did you mean .*q_proj",
+        ),
+        ({"lora_target_modules": ("gate_proj",)}, "'gate_proj' matches nothing"),
+        ({"lora_target_modules": ("fc1_latent_proj",)}, "matches nothing"),
+        ({"lora_target_modules": ("lm_head",)}, "matches nothing"),
+        ({"lora_target_parameters": ("experts.gate_up_proj",)}, "matches nothing.*experts.up_proj"),
+        (
+            {"lora_target_modules": ("conv1d",)},
+            "conv1d cannot carry LoRA: the Mamba-2 kernels read its weight",
+        ),
+        ({"lora_target_modules": ("(q_proj",)}, "is not a regular expression"),
+        ({}, "needs a target"),
+    ],
+)
+def test_a_target_that_matches_nothing_is_refused(adapter, message):
+    with pytest.raises(ConfigError, match=message):
+        targets(**adapter)
+
+
+def test_scaling():
+    section = {"adapter": "lora", "lora_r": 16, "lora_alpha": 8.0}
+    assert scaling_of(AdapterSection(**section)) == 0.5
+    assert scaling_of(AdapterSection(**section, peft_use_rslora=True)) == 2.0

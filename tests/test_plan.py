@@ -1,0 +1,52 @@
+"""Parameters counted from config.json alone are those of the built model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_ray.config.schema import Config
+from nemo_ray.model.load import build, count_parameters
+from nemo_ray.plan import count_base, count_lora, estimate_memory
+from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
+
+ADAPTERS = [
+    ALL_TARGETS,
+    {"adapter": "lora", "lora_r": 8, "lora_target_modules": ["q_proj", "in_proj", "up_proj"]},
+    {"adapter": "lora", "lora_target_parameters": ["mixer.experts.down_proj"]},
+]
+
+
+@pytest.mark.parametrize("latent", [None, 32])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_counts_equal_the_models(adapter, latent):
+    config = Config(base_model="x", datasets=[{"path": "y"}], **adapter)
+    model, _ = build(tiny_config(latent=latent), config.adapter_config, torch.float32, CPU)
+    shape = tiny_config(latent=latent).to_dict()
+    counts = count_parameters(model)
+    assert count_lora(config, shape) == counts["trainable"]
+    assert count_base(shape) == counts["total"] - counts["trainable"]
+
+
+def test_the_pattern_counts_as_the_list_does():
+    shape = json.loads(Path("nemo_ray/demo/assets/base/config.json").read_text())
+    assert count_base(shape) == 2_619_080
+    del shape["layers_block_type"]
+    assert count_base(shape) == 2_619_080
+
+
+def test_memory_follows_sharding_precision_and_recomputation():
+    shape = tiny_config().to_dict()
+
+    def estimate(world: int = 1, use_gpu: bool = False, **keys: object) -> dict[str, int]:
+        config = Config(base_model="x", datasets=[{"path": "y"}], **(ALL_TARGETS | keys))
+        return estimate_memory(config, shape, world, use_gpu)
+
+    whole = estimate()
+    assert whole["weights"] == 4 * count_base(shape)
+    assert estimate(use_gpu=True)["weights"] == whole["weights"] // 2
+    assert estimate(world=4)["weights"] == whole["weights"] // 4
+    assert estimate(world=4, dp_replicate_size=4)["weights"] == whole["weights"]
+    assert estimate(gradient_checkpointing=True)["activations"] < whole["activations"]
+    assert estimate(adapter=None)["optimizer"] == 8 * count_base(shape)
