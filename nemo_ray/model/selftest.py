@@ -62,8 +62,12 @@ def _random_batch(model: nn.Module, lengths: tuple[int, int], device: torch.devi
 
 
 def _movement(before: torch.Tensor, after: torch.Tensor, first: int, scale: torch.Tensor) -> float:
-    """Largest change of the tokens from `first` on, (1, T, ...), as a share of `scale`."""
-    return float((before - after)[:, first:].float().abs().max() / scale.float().std())
+    """Largest change of a token from `first` on, as a share of `scale`; a token's is the RMS of its channels.
+
+    Not the largest single value: over a quarter of a million of them, bf16 rounding alone reaches 0.13.
+    """
+    change = (before - after)[:, first:].float().square().mean(-1).sqrt()  # (1, T - first)
+    return float(change.max() / scale.float().std())
 
 
 @torch.no_grad()

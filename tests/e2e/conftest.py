@@ -1,0 +1,25 @@
+"""One world a session: its runs are compared with each other, and each is made once."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from nemo_ray.run_dir import RunDir
+from tests.e2e.compare import assert_loss_falls
+from tests.e2e.world import World
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The base, the rows, and the runs over them."""
+    made = World(tmp_path_factory.mktemp("e2e"))
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="session")
+def reference(world: World) -> RunDir:
+    """One worker, one micro-batch of 4 packs a step, from beginning to end."""
+    run = world.finished("reference")
+    assert_loss_falls(run)
+    return run
