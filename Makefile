@@ -26,10 +26,10 @@ lint: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
 unit: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not e2e and not long and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e and not long and not gpu"
 
-test: lint
-	$(BIN)/python -m pytest -m "not long and not gpu"
+test: lint unit
+	$(BIN)/python -m pytest -m "e2e and not long and not gpu"
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "long and not gpu"

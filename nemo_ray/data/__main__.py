@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nemo_ray import session
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
@@ -62,19 +62,14 @@ def prepared_directory(config: Config) -> str:
 def _prepare(plan: DataPlan, config: Config) -> None:
     print(f"{len(plan.windows) + len(plan.eval_windows)} windows -> {plan.directory}", flush=True)
     started = time.monotonic()
-    address = config.ray.address or os.environ.get("RAY_ADDRESS")
-    if address in (None, "", "local"):
-        address = None
-        # Ray 2.60 reads these when it is imported. It listens on loopback only under the first name, and
-        # without a token in the environment it leaves one in ~/.ray, in the way of later commands.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        if "RAY_AUTH_MODE" not in os.environ:
-            os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
-    import ray  # after the checks: their errors come before Ray's two seconds
+    environment = session.Environment()
+    address = session.address_to_join(config.ray, os.environ)
+    if address is None:
+        session.start_local(os.cpu_count() or 1, environment)
+    else:
+        session.connect(address, environment)
+    from nemo_ray.data.pipeline import prepare  # imports Ray, which reads its environment then
 
-    from nemo_ray.data.pipeline import prepare, start_ray
-
-    start_ray(address)
     try:
         prepare(
             plan,
@@ -84,7 +79,8 @@ def _prepare(plan: DataPlan, config: Config) -> None:
             progress=_print_progress,
         )
     finally:
-        ray.shutdown()
+        session.shutdown()
+        environment.restore()
     for line in describe(data_statistics(plan)):
         print(line)
     print(f"prepared in {time.monotonic() - started:.1f} s, Ray's start included")

@@ -16,7 +16,6 @@ from typing import Any
 
 import ray
 import ray.data
-from ray.exceptions import RayError
 
 from nemo_ray.config.schema import DataSection
 from nemo_ray.data.files import BLANK_LINE
@@ -24,7 +23,8 @@ from nemo_ray.data.manifest import DataPlan, Window
 from nemo_ray.data.prepare import WindowTask, prepare_window, window_task
 from nemo_ray.data.shards import ShardStats, read_stats
 from nemo_ray.data.statistics import Totals
-from nemo_ray.errors import ClusterError, DataError, NemoRayError
+from nemo_ray.errors import DataError, NemoRayError
+from nemo_ray.failures import one_line
 from nemo_ray.storage import publish_bytes, publish_json
 
 MAX_REJECTED_SHARE = 0.05
@@ -32,22 +32,6 @@ MAX_REJECTED_SHARE = 0.05
 
 Progress = Callable[[int, int], None]
 """Told (windows ready, windows in all) after each window."""
-
-
-def start_ray(address: str | None) -> None:
-    """Connect to a cluster, or start a local Ray, for preparing alone. Ended by ray.shutdown().
-
-    Raises ClusterError.
-    """
-    try:
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    except Exception as error:
-        raise ClusterError(f"ray.address: {address or 'a local Ray'}: {_one_line(error)}") from error
 
 
 def prepare(
@@ -78,7 +62,7 @@ def prepare(
             progress,
         )
     except Exception as error:
-        line = _one_line(error)
+        line = one_line(error)
         if not isinstance(error, NemoRayError):
             line = f"preparing the data failed: {line}"
         publish_json(plan.failure_path, {"error": line})
@@ -150,15 +134,6 @@ def _prepare_row(row: dict[str, Any]) -> dict[str, Any]:
     except NemoRayError as error:
         return {"path": task.path, "stats": "", "error": pickle.dumps(error)}
     return {"path": task.path, "stats": json.dumps(asdict(stats)), "error": b""}
-
-
-def _one_line(error: Exception) -> str:
-    """What a user is told. Of Ray's errors, the cause's own last line."""
-    if isinstance(error, NemoRayError):
-        return str(error)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = (lines[-1] if isinstance(error, RayError) else lines[0]) if lines else ""
-    return f"{type(error).__name__}: {reason}"
 
 
 # -- rows that cannot be used ---------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The driver of a run: everything from a checked configuration to an exit code.
 
 It owns the order of things, the messages and the end of the run. It imports no torch, and Ray only through
-cluster.py.
+session.py and cluster.py.
 """
 
 import contextlib
@@ -20,17 +20,18 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from nemo_ray import session
 from nemo_ray.config.load import LoadedConfig
 from nemo_ray.config.schema import Config, DataSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.order import window_order
 from nemo_ray.data.sources import plan_data
 from nemo_ray.errors import ClusterError, NemoRayError
+from nemo_ray.failures import one_line, root_cause
 from nemo_ray.plan import estimate_memory
 from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import read_json
 from nemo_ray.train import cluster, outputs, resources, summary
-from nemo_ray.train.failures import one_line, root_cause
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.progress import ProgressDisplay
@@ -103,7 +104,7 @@ class Launch:
         self.run_dir = RunDir(self.config.output_dir)
         self.console = Console(highlight=False)
         self.errors = Console(stderr=True, highlight=False)
-        self.environment = cluster.Environment()
+        self.environment = session.Environment()
         self.stop_data = threading.Event()
         self.interrupts = Interrupts(lambda: self._end(INTERRUPTED))
         self.started_s = time.monotonic()
@@ -136,7 +137,7 @@ class Launch:
         config, run = self.config, self.run_dir
         self.say(f"output: {run.path}")
         start = outputs.decide_start(run, config)
-        address = cluster.address_to_join(config.ray, os.environ)
+        address = session.address_to_join(config.ray, os.environ)
         resources.require_num_workers(config.ray, connected=address is not None)
         plan = self.plan = self.parts.plan(config.data, config.base_model, config.dataset_prepared_path or "")
         if start.checkpoint is not None:
@@ -162,11 +163,11 @@ class Launch:
         """Start or join Ray. Returns the workers' demand, and whether data is prepared beside them."""
         if address is None:
             wanted = resources.demand(self.config, resources.gpus_here(os.environ))
-            cluster.start_local(resources.local_cpus(wanted), self.environment)
-            nodes = cluster.nodes()
+            session.start_local(resources.local_cpus(wanted), self.environment)
+            nodes = session.nodes()
         else:
-            cluster.connect(address, self.environment)
-            nodes = cluster.nodes()
+            session.connect(address, self.environment)
+            nodes = session.nodes()
             wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in nodes))
         return wanted, resources.place(wanted, nodes, self.config.ray.accelerator_type)
 
@@ -265,7 +266,7 @@ class Launch:
             return
         self.stop_data.set()
         if "ray" in sys.modules:
-            cluster.shutdown()
+            session.shutdown()
         self.environment.restore()
         self._record_end(code)
 

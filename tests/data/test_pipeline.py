@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nemo_ray import session
 from nemo_ray.data import sources
 from nemo_ray.data.__main__ import main
 from nemo_ray.data.manifest import DataPlan
@@ -67,16 +68,12 @@ def test_mistakes_are_one_line_and_an_exit_code(
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    import ray
-
-    from nemo_ray.data.pipeline import start_ray
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # start_ray leaves the mode alone where it is set
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        start_ray(None)
-        yield
-        ray.shutdown()
+    environment = session.Environment()
+    environment.add({"RAY_AUTH_MODE": "disabled"})  # Ray is used from this process by other tests too
+    session.start_local(2, environment)
+    yield
+    session.shutdown()
+    environment.restore()
 
 
 @pytest.mark.e2e

@@ -13,10 +13,21 @@ from tests.e2e.world import NUM_STEPS, PACKS_PER_STEP, World
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-TRAIN_FIELDS = (
-    "step epoch cursor loss lr grad_norm tokens target_tokens tokens_per_s step_s data_wait_s "
-    "peak_memory_bytes data_hash"
-).split()
+TRAIN_FIELDS = [
+    "step",
+    "epoch",
+    "cursor",
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "target_tokens",
+    "tokens_per_s",
+    "step_s",
+    "data_wait_s",
+    "peak_memory_bytes",
+    "data_hash",
+]
 
 
 def test_metrics(reference: RunDir) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from nemo_ray import failures, session
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config, RaySection
 from nemo_ray.data.manifest import DataPlan, Span, Window
 from nemo_ray.errors import ClusterError, ConfigError, DataError, PatchError
 from nemo_ray.run_dir import RunDir
-from nemo_ray.train import cluster, failures, outputs, resources, summary
+from nemo_ray.train import outputs, resources, summary
 from nemo_ray.train.__main__ import main
 from nemo_ray.train.launch import Launch, Parts
 
@@ -248,10 +249,10 @@ def test_workers_that_do_not_fit_are_refused_with_numbers_and_a_remedy() -> None
 
 
 def test_addresses() -> None:
-    assert cluster.address_to_join(RaySection(), {}) is None
-    assert cluster.address_to_join(RaySection(), {"RAY_ADDRESS": "a:1"}) == "a:1"
-    assert cluster.address_to_join(RaySection(address="b:2"), {"RAY_ADDRESS": "a:1"}) == "b:2"
-    assert cluster.address_to_join(RaySection(address="local"), {"RAY_ADDRESS": "a:1"}) is None
+    assert session.address_to_join(RaySection(), {}) is None
+    assert session.address_to_join(RaySection(), {"RAY_ADDRESS": "a:1"}) == "a:1"
+    assert session.address_to_join(RaySection(address="b:2"), {"RAY_ADDRESS": "a:1"}) == "b:2"
+    assert session.address_to_join(RaySection(address="local"), {"RAY_ADDRESS": "a:1"}) is None
 
 
 def test_a_cluster_that_is_not_there_is_told_at_once() -> None:
@@ -261,17 +262,17 @@ def test_a_cluster_that_is_not_there_is_told_at_once() -> None:
         ("ray://head:10001", "ray job submit"),
         ("head", "HOST:PORT"),
     ):
-        environment = cluster.Environment()
+        environment = session.Environment()
         try:
             with pytest.raises(ClusterError, match=words):
-                cluster.connect(address, environment)
+                session.connect(address, environment)
         finally:
             environment.restore()
 
 
 def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEMO_TEST_SET", "user's")
-    environment = cluster.Environment()
+    environment = session.Environment()
     environment.add({"NEMO_TEST_SET": "ours", "NEMO_TEST_NEW": "ours"})
     assert (os.environ["NEMO_TEST_SET"], os.environ["NEMO_TEST_NEW"]) == ("user's", "ours")
     environment.restore()
