@@ -16,8 +16,7 @@ from nemo_ray.demo.source import Documented, squeezed
 
 Messages = list[dict[str, str]]
 
-_LONGEST_ANSWER = 900  # characters of documentation
-_SHORT_DOC = 70  # below this an answer says where the object belongs too
+_LONGEST_ANSWER = 400  # characters of documentation: a paragraph or two, as one answers a question
 _LISTED_MEMBERS = 8
 _SYSTEM_SHARE = 6  # one row in so many has a system turn
 
@@ -118,10 +117,10 @@ def _ask_object(book: _Book, item: Documented, members: dict[str, list[Documente
         turns = [(_about(questions.LOOKUP, item), f"That is {signature}.\n\n{doc}")]
     elif draw < 60 and item.signature:
         turns = [(_about(questions.USAGE, item), signed)]
-    elif draw < 75 or len(doc) < _SHORT_DOC:
+    elif draw < 75:
         turns = [(_about(questions.WHERE, item), placed)]
     else:
-        turns = [(_about(questions.WHAT, item), doc)]
+        turns = [(_about(questions.WHAT, item), placed)]
     book.add(key, turns)
 
 

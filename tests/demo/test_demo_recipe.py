@@ -1,7 +1,6 @@
 """The recipe gives the committed assets again, and keeps what is held out out of them."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -48,10 +47,8 @@ def test_rebuilding_some_modules_is_deterministic() -> None:
 
 def test_committed_assets_equal_rebuilt_ones(tmp_path: Path) -> None:
     skip_unless_builder()
-    start = time.monotonic()
     build(tmp_path)
     assert differing_files(tmp_path, ASSETS) == []
-    assert time.monotonic() - start < 30
 
 
 def test_command_names_the_differing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
