@@ -7,20 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_ray.config.schema import Config
+from nemo_ray.targets import block_types, expert_paths, find_targets, linear_paths
 
 FLOAT32_BYTES = 4
 BF16_BYTES = 2
-PATTERN = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
-LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "up_proj", "down_proj")
-LATENT_TARGETS = ("fc1_latent_proj", "fc2_latent_proj")
-
-
-def block_types(model: Mapping[str, Any]) -> list[str]:
-    """Kind of each block: `layers_block_type`, or what `hybrid_override_pattern` spells."""
-    if model.get("layers_block_type"):
-        old_names = {"mamba": "linear_attention", "attention": "full_attention"}
-        return [old_names.get(kind, kind) for kind in model["layers_block_type"]]
-    return [PATTERN[letter] for letter in model["hybrid_override_pattern"]]
 
 
 def linear_shapes(model: Mapping[str, Any], kind: str) -> dict[str, tuple[int, int]]:
@@ -78,18 +68,15 @@ def count_base(model: Mapping[str, Any]) -> int:
 
 
 def count_lora(config: Config, model: Mapping[str, Any]) -> int:
-    """Number of LoRA parameters, for targets named by their last part."""
-    names = {pattern.rpartition(".")[2] for pattern in config.lora_target_modules}
-    if config.lora_target_linear:
-        names |= {*LINEAR_TARGETS, *LATENT_TARGETS}
-    banks = {pattern.rpartition(".")[2] for pattern in config.lora_target_parameters}
-    rank, total = config.lora_r, 0
-    for kind in block_types(model):
-        total += sum(rank * sum(shape) for name, shape in linear_shapes(model, kind).items() if name in names)
-        if kind == "moe":
-            each = sum(rank * sum(shape) for name, shape in expert_shapes(model).items() if name in banks)
-            total += model["n_routed_experts"] * each
-    return total
+    """Number of LoRA parameters. Raises ConfigError as `find_targets` does."""
+    modules, parameters = find_targets(config.adapter_config, linear_paths(model), expert_paths(model))
+    kinds, rank, total = block_types(model), config.lora_r, 0
+    for path in modules:
+        kind, name = kinds[int(path.split(".")[2])], path.rpartition(".")[2]
+        total += rank * sum(linear_shapes(model, kind)[name])
+    for path in parameters:
+        total += model["n_routed_experts"] * rank * sum(expert_shapes(model)[path.rpartition(".")[2]])
+    return int(total)
 
 
 def estimate_memory(

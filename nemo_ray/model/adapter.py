@@ -96,7 +96,7 @@ def save_adapter(
         target_parameters=sorted({".".join(name.split(".")[-2:]) for name in targets.parameters}) or None,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _save_tensors(state, folder / "adapter_model.safetensors")
     config.save_pretrained(folder)
     _copy_tokenizer(base_model, folder)
     (folder / "README.md").write_text(_usage(base_model, targets), encoding="utf-8")
@@ -110,8 +110,14 @@ def _usage(base_model: str, targets: LoraTargets) -> str:
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM",
         f'base = AutoModelForCausalLM.from_pretrained("{base_model}")',
+        "for block in base.model.layers:",
+        '    if block.block_type == "linear_attention":',
+        "        block.mixer.time_step_limit = tuple(base.config.time_step_limit)",
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")',
         "```",
+        "",
+        "The loop sets the limit of Mamba's step as config.json has it, and as it was in training.",
+        "transformers up to 5.23 clamps it at `time_step_min` instead.",
     ]
     if any(name.endswith(".out_proj") for name in targets.modules):
         lines += [
@@ -147,7 +153,7 @@ def save_model(
     if not write:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    _save_tensors(state, folder / "model.safetensors")
     raw = json.loads((Path(base_model) / "config.json").read_text(encoding="utf-8"))
     # vLLM reads the pattern, transformers the list: write both.
     raw["layers_block_type"] = list(config.layers_block_type)
@@ -156,6 +162,11 @@ def save_model(
     raw["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     _copy_tokenizer(base_model, folder)
+
+
+def _save_tensors(state: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(state, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors 0.8 leaves it readable by its owner only
 
 
 def _copy_tokenizer(base_model: str, folder: Path) -> None:

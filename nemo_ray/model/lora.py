@@ -1,16 +1,13 @@
-"""LoRA on linear layers and routed experts: which modules, which parameters, and the layers themselves.
+"""LoRA on linear layers and routed experts: the layers themselves, and putting them in place.
 
 The factors are float32 parameters beside a frozen base and are cast to the activations' dtype where they are
-used, so that a bf16 base pays no float32 matmuls. Names follow PEFT's matching rules; the file format is
+used, so that a bf16 base pays no float32 matmuls. Which names match is targets.py's, the file format
 adapter.py's. Source: Hu et al., "LoRA" (2021); Kalajdzievski, "rsLoRA" (2023).
 
 Shapes: R rank, I inputs, O outputs, E experts.
 """
 
-import difflib
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,22 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_ray.config.schema import AdapterSection
-from nemo_ray.errors import ConfigError
 from nemo_ray.model.experts import RoutedExperts
-
-# The linear layers of `lora_target_linear: true`. The router, head and embeddings are never among them.
-LINEAR_NAMES = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "in_proj",
-    "out_proj",
-    "up_proj",
-    "down_proj",
-    "fc1_latent_proj",
-    "fc2_latent_proj",
-)
+from nemo_ray.targets import find_targets
 
 
 class LoraLinear(nn.Module):
@@ -85,13 +68,7 @@ def apply_lora(model: nn.Module, adapter: AdapterSection) -> LoraTargets:
         if isinstance(module, RoutedExperts)
         for parameter in ("up_proj", "down_proj")
     }
-    modules = sorted(_matching_modules(linears, adapter))
-    parameters = sorted(_matches("lora_target_parameters", adapter.lora_target_parameters, banks))
-    if not modules and not parameters:
-        raise ConfigError(
-            "adapter: lora needs a target: set lora_target_modules, lora_target_linear or "
-            "lora_target_parameters"
-        )
+    modules, parameters = find_targets(adapter, linears, banks)
     scaling = scaling_of(adapter)
     for name in modules:
         parent, _, child = name.rpartition(".")
@@ -101,43 +78,6 @@ def apply_lora(model: nn.Module, adapter: AdapterSection) -> LoraTargets:
         bank, parameter = banks[name]
         bank.add_lora(parameter, adapter.lora_r, scaling)
     return LoraTargets(tuple(modules), tuple(parameters))
-
-
-def _matching_modules(linears: dict[str, nn.Linear], adapter: AdapterSection) -> set[str]:
-    wanted = adapter.lora_target_modules
-    if "conv1d" in wanted or any(pattern.endswith(".conv1d") for pattern in wanted):
-        raise ConfigError(
-            "lora_target_modules: conv1d cannot carry LoRA: the Mamba-2 kernels read its weight directly; "
-            "target in_proj and out_proj instead"
-        )
-    found = _matches("lora_target_modules", wanted, linears)
-    if adapter.lora_target_linear:
-        found |= {name for name in linears if name.rpartition(".")[2] in LINEAR_NAMES}
-    return found
-
-
-def _matches(key: str, patterns: Iterable[str], names: Iterable[str]) -> set[str]:
-    """PEFT's rule: a pattern is a whole path, the end of one after a dot, or a regular expression for it."""
-    names = list(names)
-    found: set[str] = set()
-    for pattern in patterns:
-        hits = {name for name in names if name == pattern or name.endswith("." + pattern)}
-        if not hits and re.search(r"[\\*+?\[(|^$]", pattern):
-            try:
-                hits = {name for name in names if re.fullmatch(pattern, name)}
-            except re.error as error:
-                raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
-        if not hits:
-            kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names})
-            near = difflib.get_close_matches(
-                pattern, kinds + [k.rpartition(".")[2] for k in kinds], n=3, cutoff=0.5
-            )
-            hint = (
-                f"did you mean {', '.join(dict.fromkeys(near))}" if near else f"there are {', '.join(kinds)}"
-            )
-            raise ConfigError(f"{key}: {pattern!r} matches nothing in this model; {hint}")
-        found |= hits
-    return found
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -30,7 +30,7 @@ from nemo_ray.errors import ClusterError, NemoRayError
 from nemo_ray.failures import one_line, root_cause
 from nemo_ray.plan import estimate_memory
 from nemo_ray.run_dir import RunDir
-from nemo_ray.storage import read_json
+from nemo_ray.targets import expert_paths, find_targets, linear_paths, read_shape
 from nemo_ray.train import cluster, outputs, resources, summary
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
@@ -108,7 +108,7 @@ class Launch:
         self.stop_data = threading.Event()
         self.interrupts = Interrupts(lambda: self._end(INTERRUPTED))
         self.started_s = time.monotonic()
-        self.begun = False
+        self.begun = self.stopped = False
         self._ending = threading.Lock()
 
     def run(self) -> int:
@@ -139,6 +139,9 @@ class Launch:
         start = outputs.decide_start(run, config)
         address = session.address_to_join(config.ray, os.environ)
         resources.require_num_workers(config.ray, connected=address is not None)
+        shape = read_shape(config.base_model)
+        if config.adapter:  # a name that matches nothing is told before a run is replaced
+            find_targets(config.adapter_config, linear_paths(shape), expert_paths(shape))
         plan = self.plan = self.parts.plan(config.data, config.base_model, config.dataset_prepared_path or "")
         if start.checkpoint is not None:
             outputs.check_plan(run, plan)
@@ -148,9 +151,9 @@ class Launch:
         self.begun = True
         outputs.record_run(run, outputs.run_facts(config, plan, wanted.num_workers, self.job_id))
         where = f"the Ray cluster at {address}" if address else "a Ray of its own on this machine"
-        self._print_plan(plan, wanted, where, start)
+        self._print_plan(plan, shape, wanted, where, start)
         self._train(plan, wanted, beside)
-        if self.interrupts.count:
+        if self.interrupts.count or self.stopped:
             newest = run.newest_checkpoint()
             self.say(f"stopped; go on with resume_from_checkpoint=auto (newest checkpoint: {newest})")
             return INTERRUPTED
@@ -171,9 +174,15 @@ class Launch:
             wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in nodes))
         return wanted, resources.place(wanted, nodes, self.config.ray.accelerator_type)
 
-    def _print_plan(self, plan: DataPlan, wanted: resources.Demand, where: str, start: outputs.Start) -> None:
+    def _print_plan(
+        self,
+        plan: DataPlan,
+        shape: Mapping[str, Any],
+        wanted: resources.Demand,
+        where: str,
+        start: outputs.Start,
+    ) -> None:
         config = self.config
-        shape: Mapping[str, Any] = read_json(Path(config.base_model) / "config.json")
         memory = estimate_memory(config, shape, wanted.num_workers, wanted.use_gpu)
         rows = [
             ("model", config.base_model),
@@ -212,6 +221,8 @@ class Launch:
                 self._tell(fit.error)
         elif data.error is not None or fit.error is not None:
             raise data.error or fit.error or AssertionError("one of them is there")
+        elif isinstance(fit.result, Mapping) and fit.result.get("stopped"):
+            self.stopped = True  # by a stop file that somebody else put there
 
     def _watch(self, display: ProgressDisplay, work: Background, data: Background) -> None:
         """Show progress until `work` has ended; pass a signal, or the end of the data, on to the workers."""

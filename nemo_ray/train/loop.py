@@ -96,6 +96,7 @@ class Trainer:
             cursor=self.state.cursor,
         )
         finished = True
+        self.started_s = time.monotonic()  # the first evaluation is no measure of the steps' pace
         while not (self.train.max_steps and self.state.step >= self.train.max_steps):
             packs = reader.next_step()
             if packs is None:

@@ -19,6 +19,7 @@ _SLOW_POLL_S = 1.0
 _PHASES = {
     "loading": "loading the model",
     "self-test": "checking the model",
+    "completing": "completing the prompts",
     "evaluating": "evaluating held-out rows",
     "training": "training",
     "saving": "saving a checkpoint",
@@ -135,8 +136,8 @@ class ProgressDisplay:
     def nothing_to_save(self) -> bool:
         """Whether an end now loses nothing: training has not begun."""
         figures = self._figures
-        evaluates_first = self.phase == "evaluating" and figures.get("step") == 0
-        return self.phase in (None, *BEFORE_TRAINING) or evaluates_first
+        before_the_first_step = self.phase in ("completing", "evaluating") and figures.get("step") == 0
+        return self.phase in (None, *BEFORE_TRAINING) or before_the_first_step
 
     @property
     def phase(self) -> str | None:

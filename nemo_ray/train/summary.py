@@ -1,5 +1,6 @@
 """What will run, said before it runs, and what came of it, said at the end. Text only; no Ray, no torch."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,8 @@ from rich.text import Text
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.statistics import data_statistics, describe
-from nemo_ray.plan import block_types
 from nemo_ray.run_dir import RunDir
+from nemo_ray.targets import block_types
 from nemo_ray.train.progress import duration
 from nemo_ray.train.resources import Demand, mesh
 
@@ -25,6 +26,11 @@ Row = tuple[str, str]
 def gib(num_bytes: float) -> str:
     """12.3 GiB, or MiB below one."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
+def plural(count: int, noun: str) -> str:
+    """1 window, 2 windows."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def describe_model(shape: Mapping[str, Any]) -> str:
@@ -54,20 +60,22 @@ def describe_data(config: Config, plan: DataPlan, world_size: int) -> list[Row]:
     tokens = sum(plan.estimated_tokens(window) for window in plan.windows)
     packs_per_step = world_size * config.micro_batch_size * config.gradient_accumulation_steps
     step_tokens = packs_per_step * plan.sequence_len
-    num_steps = max(1, round(tokens * config.num_epochs / step_tokens))
-    length = f"{config.num_epochs:g} epoch(s), about {num_steps} steps"
+    num_steps = math.ceil(math.ceil(tokens / step_tokens) * config.num_epochs)
+    epochs = f"{config.num_epochs:g} epoch{'' if config.num_epochs == 1 else 's'}"
+    length = f"{epochs}, about {plural(num_steps, 'step')}"
     if config.max_steps is not None:
         length = f"{config.max_steps} steps"
     return [
         (
             "data",
-            f"{plan.num_rows:,} rows, about {tokens:,.0f} tokens, in {len(plan.windows)} windows; "
+            f"{plan.num_rows:,} rows, about {tokens:,.0f} tokens, in {plural(len(plan.windows), 'window')}; "
             f"{held_out:,} rows held out",
         ),
         (
             "step",
-            f"{step_tokens:,} tokens: {world_size} workers x {config.micro_batch_size} packs of "
-            f"{plan.sequence_len} x {config.gradient_accumulation_steps} accumulated; {length}",
+            f"{step_tokens:,} tokens: {plural(world_size, 'worker')} x "
+            f"{plural(config.micro_batch_size, 'pack')} of {plan.sequence_len} "
+            f"x {config.gradient_accumulation_steps} accumulated; {length}",
         ),
     ]
 
@@ -94,7 +102,7 @@ def describe_memory(estimate: Mapping[str, int]) -> str:
     """The estimate of one worker, largest parts first."""
     parts = sorted(estimate.items(), key=lambda item: item[1], reverse=True)
     shown = ", ".join(f"{name} {gib(size)}" for name, size in parts if size >= 2**19)
-    return f"about {gib(sum(estimate.values()))} a worker ({shown})"
+    return f"about {gib(sum(estimate.values()))} of tensors a worker ({shown})"
 
 
 def print_rows(console: Console, rows: list[Row]) -> None:

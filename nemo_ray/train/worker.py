@@ -77,8 +77,8 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
         complete_prompts(trainer, config, "before")
     finished = trainer.run()
     if finished:
-        trainer.write_progress("exporting", now=True)
         complete_prompts(trainer, config, "after")
+        trainer.write_progress("exporting", now=True)
         export(trainee, config, targets, run, dtype, write=rank == 0)
     trainer.write_progress("done", now=True)
     report({"step": state.step, "eval_loss": trainer.eval_loss, "stopped": not finished})
@@ -127,6 +127,7 @@ def complete_prompts(trainer: Trainer, config: Config, stage: str) -> None:
         return
     from transformers import AutoTokenizer
 
+    trainer.write_progress("completing", now=True)
     tokenizer = AutoTokenizer.from_pretrained(config.base_model)
     model, eos = trainer.trainee.model.eval(), frozenset({tokenizer.eos_token_id})
     for prompt in config.completion_prompts:

@@ -17,7 +17,7 @@ _MARK = "NEMO_RAY_E2E_COMMAND"
 
 
 class Command:
-    """A started command. Its descendants are known by a variable in their environment, or by their parents."""
+    """A started command. Its descendants are known by a variable in their environment, or by parentage."""
 
     def __init__(self, arguments: Sequence[str], log: Path, cwd: Path = ROOT, **environment: str) -> None:
         self.log = log

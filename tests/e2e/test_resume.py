@@ -98,7 +98,7 @@ def test_killed_twice(world: World, reference: RunDir) -> None:
     for step in (SAVED + 1, 2 * SAVED + 1):
         started = world.train("killed-twice", "resume_from_checkpoint=auto")
         # The rows after the checkpoint are there until the worker has loaded it.
-        started.wait_until(lambda: "checking the model" in started.output)
+        started.wait_until(lambda run=started: "checking the model" in run.output)
         wait_for_step(started, run, step)
         started.kill_tree()
     resumed(world, "killed-twice")

@@ -6,7 +6,8 @@ import torch
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.errors import ConfigError
 from nemo_ray.model.load import build
-from nemo_ray.model.lora import LINEAR_NAMES, scaling_of
+from nemo_ray.model.lora import scaling_of
+from nemo_ray.targets import LINEAR_NAMES, expert_paths, find_targets, linear_paths
 from tests.model.shapes import CPU, tiny_config
 
 
@@ -70,3 +71,16 @@ def test_scaling():
     section = {"adapter": "lora", "lora_r": 16, "lora_alpha": 8.0}
     assert scaling_of(AdapterSection(**section)) == 0.5
     assert scaling_of(AdapterSection(**section, peft_use_rslora=True)) == 2.0
+
+
+@pytest.mark.parametrize("latent", [None, 32])
+def test_the_names_from_config_json_are_those_of_the_model(latent):
+    """The driver checks targets on these; the worker on the modules."""
+    adapter = AdapterSection(
+        adapter="lora", lora_target_linear=True, lora_target_parameters=("up_proj", "down_proj")
+    )
+    found = build(tiny_config(latent=latent), adapter, torch.float32, CPU)[1]
+    shape = tiny_config(latent=latent).to_dict()
+    modules, parameters = find_targets(adapter, linear_paths(shape), expert_paths(shape))
+    assert (tuple(modules), tuple(parameters)) == (found.modules, found.parameters)
+    assert set(linear_paths(shape)) == set(found.modules)

@@ -21,6 +21,7 @@ from nemo_ray.run_dir import RunDir
 from nemo_ray.train import outputs, resources, summary
 from nemo_ray.train.__main__ import main
 from nemo_ray.train.launch import Launch, Parts
+from tests.train.launch_stub import SHAPE
 
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}})}
 
@@ -343,7 +344,7 @@ def test_what_is_worth_a_restart() -> None:
 
 def inputs(folder: Path) -> Path:
     (folder / "base").mkdir()
-    (folder / "base" / "config.json").write_text('{"model_type": "nemotron_h"}')
+    (folder / "base" / "config.json").write_text(json.dumps(SHAPE))
     (folder / "rows.jsonl").write_text("{}\n")
     path = folder / "run.yaml"
     path.write_text(
@@ -351,6 +352,35 @@ def inputs(folder: Path) -> Path:
         f"output_dir: {folder / 'run'}\ndatasets:\n  - path: {folder / 'rows.jsonl'}\n"
     )
     return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "override", "message"),
+    [
+        ({}, "lora_target_modules=[q_porj]", "lora_target_modules: 'q_porj' matches nothing"),
+        ({"hybrid_override_pattern": "MX", "layers_block_type": None}, "", "blocks of kind X"),
+        ({"layers_block_type": None}, "", "has no blocks"),
+        ({"head_dim": None, "hidden_size": None}, "", "lacks head_dim, hidden_size"),
+    ],
+)
+def test_a_wrong_target_or_shape_leaves_the_run_that_it_would_replace(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    shape: dict[str, Any],
+    override: str,
+    message: str,
+) -> None:
+    path = inputs(tmp_path)
+    changed = {key: value for key, value in (SHAPE | shape).items() if value is not None}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(changed))
+    run = RunDir(tmp_path / "run")
+    run.write_run({})
+    run.append_metrics({"step": 1, "loss": 1.0})
+    loaded = load_config(str(path), ["overwrite=true", *([override] if override else [])])
+    assert Launch(loaded, Parts(plan=never, prepare=never, worker=never)).run() == 2
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1 and message in told.err
+    assert run.read_metrics()
 
 
 def never(*_: Any) -> Any:
