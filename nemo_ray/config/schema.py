@@ -212,13 +212,15 @@ class TrainSection(Section):
         1, description="A row is written to metrics.jsonl every so many steps."
     )
     evals_per_epoch: PositiveInt | None = Field(
-        None, description="Evaluations in an epoch, beside those at step 0 and at the end."
+        None,
+        description="Evaluations in an epoch, beside those at step 0 and at the end; with `max_steps`, an epoch "
+        "is max_steps / num_epochs steps.",
     )
     eval_steps: PositiveInt | None = Field(
         None, description="Steps from one evaluation to the next, instead of `evals_per_epoch`."
     )
     saves_per_epoch: PositiveInt | None = Field(
-        None, description="Checkpoints in an epoch, beside the last one."
+        None, description="Checkpoints in an epoch, counted likewise, beside the last one."
     )
     save_steps: PositiveInt | None = Field(
         None, description="Steps from one checkpoint to the next, instead of `saves_per_epoch`."

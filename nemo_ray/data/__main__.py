@@ -35,17 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         loaded = load_config(options.config, options.overrides)
         for notice in loaded.notices:
-            print(notice)
+            print(f"note: {notice}")
         config = loaded.config
         plan = plan_data(config.data, config.base_model, prepared_directory(config))
         for notice in plan.notices:
-            print(notice)
+            print(f"note: {notice}")
         if options.show is not None:
             show_examples(plan, config.data, config.base_model, options.show, Console(highlight=False))
         else:
             _prepare(plan, config)
     except NemoRayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

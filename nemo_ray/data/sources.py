@@ -81,7 +81,10 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
         ]
         infos.append(_info(source, kept_out, testing))
     if not windows:
-        raise ConfigError(f"val_set_size: {data.val_set_size} holds out every row; leave some to train on")
+        raise ConfigError(
+            f"val_set_size: {data.val_set_size} holds out every row (rows are held out in "
+            "runs of 16); leave some to train on"
+        )
     keys = [[window.key for window in windows], [window.key for window in eval_windows]]
     return DataPlan(
         directory=str(Path(directory).expanduser().absolute()),
