@@ -213,7 +213,7 @@ class TrainSection(Section):
     )
     evals_per_epoch: PositiveInt | None = Field(
         None,
-        description="Evaluations in an epoch, beside those at step 0 and at the end; with `max_steps`, an epoch "
+        description="Evaluations in an epoch, beside those at step 0 and the end; with `max_steps`, an epoch "
         "is max_steps / num_epochs steps.",
     )
     eval_steps: PositiveInt | None = Field(
