@@ -4,7 +4,6 @@ Written with torch.distributed.checkpoint, so that it can be read on another num
 base is not in it. A folder is complete if and only if it holds state.json; it gets its name last.
 """
 
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from nemo_ray.errors import CheckpointError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import publish_folder, publish_json, read_json, remove_tree
 
-logger = logging.getLogger(__name__)
+FULL_DISK_BYTES = 16 * 2**20
 
 
 @dataclass
@@ -83,7 +82,13 @@ def save_checkpoint(
                 for old in run.complete_checkpoints()[:-keep]:
                     remove_tree(old)
     except (OSError, dcp.api.CheckpointException) as error:
-        raise CheckpointError(f"{final} could not be written: {_cause(error)}") from None
+        cause = _cause(error)
+        free_bytes = shutil.disk_usage(partial.parent).free
+        if free_bytes < FULL_DISK_BYTES:  # torch's writer says something about positions then
+            cause = f"the disk is full ({free_bytes / 2**20:.1f} MiB free)"
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{final} could not be written: {cause}") from None
     dist.barrier()
 
 

@@ -292,4 +292,6 @@ class Launch:
             run.clear(keep=(run.error_file,))
             return
         outcome = {0: "finished", INTERRUPTED: "stopped"}.get(code, "failed")
-        run.update_run({"outcome": outcome, "ended_at": datetime.now(UTC).isoformat(timespec="seconds")})
+        facts = {"outcome": outcome, "ended_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        with contextlib.suppress(OSError):  # a full disk has been told of already
+            run.update_run(facts)

@@ -14,7 +14,7 @@ import pytest
 from nemo_ray.run_dir import RunDir
 from tests.e2e.command import ROOT, TRAIN, Command
 from tests.e2e.compare import train_rows
-from tests.e2e.world import ASSETS, World, first_lines, write_lines
+from tests.e2e.world import ASSETS, BAD_ROWS, NO_ANSWER, NO_FIELD, World, first_lines, write_lines
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -100,12 +100,6 @@ def test_overwrite_spares_a_folder_that_is_no_runs(world: World) -> None:
 
 # -- rows -----------------------------------------------------------------------------------------
 
-NO_FIELD = json.dumps({"conversation": [{"role": "user", "content": "Hello?"}]})
-NO_ANSWER = json.dumps({"messages": [{"role": "user", "content": "Is anybody there?"}]})
-TOO_LONG = json.dumps(
-    {"messages": [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one two " * 400}]}
-)
-
 
 def test_no_row_has_the_field(world: World) -> None:
     rows = write_lines(world.folder / "no-field.jsonl", [NO_FIELD] * 20)
@@ -118,38 +112,29 @@ def test_no_row_has_an_answer(world: World) -> None:
     refused(world.train("refused", datasets=[{"path": str(rows)}]), 1, "datasets[0]", str(rows), "assistant")
 
 
-def test_a_few_bad_rows_are_counted_and_listed(world: World) -> None:
-    """With a template whose answers are not marked, which is told too."""
-    good = first_lines(ASSETS / "chats.jsonl", 97)
-    lines = [*good[:10], NO_FIELD, *good[10:50], NO_ANSWER, *good[50:], "{broken", TOO_LONG]
-    rows = write_lines(world.folder / "some-bad.jsonl", lines)
+def test_a_few_bad_rows_are_counted_and_listed(world: World, reference: RunDir) -> None:
+    output = world.output_of(reference.path.name)
+    for reason in ("no field 'messages'", "no assistant turn", "invalid JSON"):
+        assert re.search(rf"^data: .*\brejected: 1 .*{reason}$", output, re.MULTILINE), output
+    (place,) = re.findall(r"^data: rejected rows are listed in (.*)$", output, re.MULTILINE)
+    listed = [json.loads(line) for line in Path(place).read_text().splitlines()]
+    assert sorted(entry["row"] for entry in listed) == sorted(BAD_ROWS)
+    assert all(entry["file"].endswith("chats.jsonl") and entry["reason"] for entry in listed)
+    assert re.search(r"^data: .*\d+ rows cut to sequence_len", output, re.MULTILINE), output
+
+
+@pytest.mark.long
+def test_unmarked_templates_and_dropped_rows_are_told(world: World) -> None:
     marked = (world.base / "chat_template.jinja").read_text()
     unmarked, num_marks = re.subn(r"\{%-?\s*(end)?generation\s*-?%\}", "", marked)
     assert num_marks == 2
     template = world.folder / "unmarked.jinja"
     template.write_text(unmarked)
-    run = world.run_dir("some-bad")
-    started = world.train(
-        "some-bad",
-        datasets=[{"path": str(rows)}],
-        test_datasets=None,
-        eval_steps=None,
-        chat_template=str(template),
-        excess_length_strategy="drop",
-        completion_prompts=None,
-        max_steps=1,
-    )
-    assert started.end() == 0, started.output
-    assert "Traceback" not in started.output and not started.errors, started.output
-    told = [line for line in started.output.splitlines() if "rejected" in line]
-    assert any("no field 'messages'" in line for line in told), started.output
-    assert any("assistant" in line for line in told), started.output
-    assert " dropped (longer than sequence_len)" in started.output
-    assert "note: chat_template: it has no {% generation %} marks, so" in started.output
-    (place,) = [line.rpartition(" ")[2] for line in told if "listed in" in line]
-    listed = [json.loads(line) for line in Path(place).read_text().splitlines()]
-    assert sorted(entry["row"] for entry in listed) == [10, 51, 99]
-    assert all(entry["file"].endswith("some-bad.jsonl") and entry["reason"] for entry in listed)
+    changes = {"chat_template": str(template), "excess_length_strategy": "drop", "max_steps": 1}
+    run = world.finished("unmarked", **changes)
+    output = world.output_of("unmarked")
+    assert "note: chat_template: it has no {% generation %} marks, so" in output
+    assert re.search(r"^data: .*\d+ rows dropped \(longer than sequence_len\)", output, re.MULTILINE), output
     assert len(train_rows(run)) == 1 and run.adapter_dir.is_dir()
 
 

@@ -2,7 +2,7 @@
 
 The base is random, so that its loss falls quickly; its tokenizer is the demo's. The rows are two sources, a
 chat and a text one, that make about 9 steps of 4 packs: the runs go on into a second epoch, and the last
-step of the first is short.
+step of the first is short. Three of the chats cannot be used.
 """
 
 import itertools
@@ -24,6 +24,10 @@ from tests.e2e.command import ROOT, TRAIN, Command
 
 ASSETS = ROOT / "nemo_ray" / "demo" / "assets"
 DEMO_BASE = ASSETS / "base"
+NO_FIELD = json.dumps({"conversation": [{"role": "user", "content": "Hello?"}]})
+NO_ANSWER = json.dumps({"messages": [{"role": "user", "content": "Is anybody there?"}]})
+BAD_ROWS = {10: NO_FIELD, 51: NO_ANSWER, 60: "{broken"}
+"""Row number to text."""
 NUM_STEPS = 12
 PACKS_PER_STEP = 4
 _SMALL = {
@@ -87,19 +91,28 @@ def write_lines(path: Path, lines: list[str]) -> Path:
     return path
 
 
+def with_bad_rows(good: list[str]) -> list[str]:
+    """The same rows with BAD_ROWS put between them."""
+    lines = list(good)
+    for row, text in BAD_ROWS.items():
+        lines.insert(row, text)
+    return lines
+
+
 class World:
     """One session's base, rows and prepared shards, and the runs made over them, each at most once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.base = write_base(folder / "base")
-        self.chats = write_lines(folder / "chats.jsonl", first_lines(ASSETS / "chats.jsonl", 60))
+        chats = with_bad_rows(first_lines(ASSETS / "chats.jsonl", 60))
+        self.chats = write_lines(folder / "chats.jsonl", chats)
         self.text = write_lines(folder / "text.jsonl", first_lines(ASSETS / "text.jsonl", 12))
         self.held_out = write_lines(
             folder / "held-out.jsonl", first_lines(ASSETS / "chats-heldout.jsonl", 20)
         )
         self.commands: list[Command] = []
-        self._finished: dict[str, RunDir] = {}
+        self._finished: dict[str, Command] = {}
         self._number = itertools.count()
 
     def settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,8 +153,12 @@ class World:
             assert started.end() == 0, started.output
             assert "Traceback" not in started.output and not started.errors, started.output
             assert started.leaves_nothing_behind(), started.tree()
-            self._finished[name] = self.run_dir(name)
-        return self._finished[name]
+            self._finished[name] = started
+        return self.run_dir(name)
+
+    def output_of(self, name: str) -> str:
+        """What the command of a finished run has written."""
+        return self._finished[name].output
 
     def end(self) -> None:
         """End what is still running."""
