@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from nemo_ray.config.checks import path_errors, rule_errors, rule_notices, support_errors
 from nemo_ray.config.kinds import kinds_of
-from nemo_ray.config.nearest import unknown_key
+from nemo_ray.config.nearest import dotted, unknown_key
 from nemo_ray.config.overrides import apply_override
 from nemo_ray.config.schema import Config, DatasetSpec, RaySection, Section
 from nemo_ray.config.translate import DATASET_KEYS, drop_absent, rename_keys, show, translate
@@ -85,7 +85,7 @@ def _place(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
 
 
 def _line(place: tuple[str | int, ...], kind: str, value: Any) -> str:
-    key = ".".join(str(part) for part in place)
+    key = dotted(place)
     if kind == "extra_forbidden":
         return unknown_key(place, value)
     section: type[Section] = DatasetSpec if place[0] in DATASET_KEYS and len(place) == 3 else Config

@@ -1,6 +1,7 @@
 """The known name that an unknown key was probably meant to be."""
 
 import difflib
+from collections.abc import Sequence
 
 from nemo_ray.config.axolotl import FOREIGN_IN_DATASETS, RENAMED, RENAMED_IN_DATASETS, lookup
 from nemo_ray.config.axolotl_keys import FOREIGN
@@ -8,9 +9,15 @@ from nemo_ray.config.schema import Config, DatasetSpec, RaySection
 from nemo_ray.config.translate import DATASET_KEYS, FOLDED_KEYS, show
 
 
+def dotted(place: Sequence[str | int]) -> str:
+    """The place as one name; a part that would break the line is quoted."""
+    parts = [str(part) for part in place]
+    return ".".join(part if part.isprintable() else repr(part) for part in parts)
+
+
 def unknown_key(place: tuple[str | int, ...], value: object) -> str:
     """The line for a key that nobody knows, at `place` (such as `("datasets", 0, "fild")`)."""
-    key, best = ".".join(str(part) for part in place), nearest(place)
+    key, best = dotted(place), nearest(place)
     advice = f"did you mean {best}?" if best else "remove it (docs/config.md lists the keys)"
     return f"{key}: {show(value)}: unknown key; {advice}"
 
