@@ -84,7 +84,9 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the end, or until somebody asks for a stop; returns whether the end was reached."""
-        if self.state.step == 0:
+        if self._evaluated_before():
+            self._evaluated_step = self.state.step
+        if self.state.step == 0 and self._evaluated_step != 0:
             self.evaluate()
         reader = PackReader(
             self.plan,
@@ -202,6 +204,13 @@ class Trainer:
         self.write_progress("training", now=True)
 
     # -- small parts -----------------------------------------------------------------------------
+
+    def _evaluated_before(self) -> bool:
+        """Whether this run had evaluated at this very step before it was broken off; all workers agree."""
+        for row in self.run_dir.read_metrics() if self.rank == 0 else ():
+            if "eval_loss" in row and row["step"] == self.state.step:
+                self.eval_loss = row["eval_loss"]
+        return bool(self._sum_over_workers(int(self.eval_loss is not None))[0])
 
     def _packs_per_rank(self) -> int:
         return self.train.micro_batch_size * self.train.gradient_accumulation_steps
