@@ -98,6 +98,9 @@ def test_an_adapter_on_out_proj_in_plain_peft(world: World, monkeypatch: pytest.
         assert_peft_agrees(run)
 
 
+OF_THE_WAY = 1e-2
+"""How far apart two full fine-tunes may end, as a share of the way that a tensor went (seen: 9e-4)."""
+
 # -- full fine-tuning -----------------------------------------------------------------------------
 
 FULL = {
@@ -159,10 +162,10 @@ def test_a_full_fine_tune_on_two_workers_is_the_same(
     assert_same_course(run, full)
     with process_group():
         found, wanted = at_the_end(run).parameters, at_the_end(full).parameters
-    off = largest_differences(
-        {name: value.detach() for name, value in found.items()},
-        {name: value.detach() for name, value in wanted.items()},
-    )
+        start = at_the_start(full).parameters
+    # Norms, not single values: AdamW divides rounding by rounding where a rare token has hardly a gradient.
+    off = {
+        name: float((found[name] - end).norm() / (end - start[name]).norm()) for name, end in wanted.items()
+    }
     worst = max(off, key=lambda name: off[name])
-    # AdamW divides rounding by rounding where a rare token has next to no gradient: 4e-3 seen, losses equal.
-    assert off[worst] < 3e-2, (worst, off[worst])
+    assert off[worst] < OF_THE_WAY, (worst, off[worst])
