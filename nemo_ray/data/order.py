@@ -127,10 +127,6 @@ class EpochOrder:
         )
         return self._closed_rows + drawn
 
-    def is_open(self, window: int) -> bool:
-        """Will packs of this window still be drawn, as far as is known?"""
-        return any(opened.index == window for opened in self._open)
-
     def _pick(self) -> int | None:
         """The slot of the next draw; windows without packs are closed on the way."""
         while self._next is None and self._open:

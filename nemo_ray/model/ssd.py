@@ -225,8 +225,8 @@ def select_split_conv1d_scan(device: torch.device) -> Callable[..., torch.Tensor
         from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
     except ImportError as error:
         warnings.warn(
-            f"{error.name or error} is not installed: Mamba-2 runs in plain torch on this GPU, exact but "
-            "several times slower. Install the extra: pip install 'nemo-ray[cuda]'",
+            f"{error.name or error} is not installed: Mamba-2 runs in plain torch on this GPU, exact "
+            "but slower. Install the extra: pip install 'nemo-ray[cuda]'",
             stacklevel=2,
         )
         return split_conv1d_scan
