@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from nemo_ray.config.schema import Config
-from nemo_ray.model.load import build, count_parameters
+from nemo_ray.model.load import Precision, build, count_parameters
 from nemo_ray.plan import count_base, count_lora, estimate_memory
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
 
@@ -22,7 +21,7 @@ ADAPTERS = [
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_counts_equal_the_models(adapter, latent):
     config = Config(base_model="x", datasets=[{"path": "y"}], **adapter)
-    model, _ = build(tiny_config(latent=latent), config.adapter_config, torch.float32, CPU)
+    model, _ = build(tiny_config(latent=latent), config.adapter_config, Precision(), CPU)
     shape = tiny_config(latent=latent).to_dict()
     counts = count_parameters(model)
     assert count_lora(config, shape) == counts["trainable"]

@@ -7,7 +7,9 @@ so that a rank's memory holds its own part and one tensor's rows, never the whol
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,9 +22,13 @@ from nemo_ray.config.schema import AdapterSection
 from nemo_ray.errors import CheckpointError, ConfigError
 from nemo_ray.model import keys
 from nemo_ray.model.experts import RoutedExperts
-from nemo_ray.model.init import initial_values, row_generator
-from nemo_ray.model.lora import LoraTargets, apply_lora
+from nemo_ray.model.init import draw_rows, initial_values
+from nemo_ray.model.linear import BaseLinear
+from nemo_ray.model.lora import LoraTargets, apply_lora, lora_parameters
 from nemo_ray.model.patches import patch_model
+from nemo_ray.model.quant import QuantizedWeight
+
+QUANTIZED_AT_ONCE_BYTES = 256 * 2**20
 
 
 def read_model_config(base_model: str) -> NemotronHConfig:
@@ -49,13 +55,31 @@ def read_model_config(base_model: str) -> NemotronHConfig:
     return config
 
 
+@dataclass(frozen=True)
+class Precision:
+    """In what the base is held, and in what it computes.
+
+    Attributes:
+        weights: dtype of the base's dense parameters. A_log, D, dt_bias and the router's bias are float32.
+        compute: dtype of the activations.
+        linears_4bit, experts_4bit: hold the blocks' linear layers, and the routed experts, in NF4.
+    """
+
+    weights: torch.dtype = torch.float32
+    compute: torch.dtype = torch.float32
+    linears_4bit: bool = False
+    experts_4bit: bool = False
+
+
+_ALWAYS_FLOAT32 = ("A_log", "D", "dt_bias")
+
+
 def build(
-    config: NemotronHConfig, adapter: AdapterSection, dtype: torch.dtype, device: torch.device
+    config: NemotronHConfig, adapter: AdapterSection, precision: Precision, device: torch.device
 ) -> tuple[NemotronHForCausalLM, LoraTargets | None]:
-    """Make the patched model on meta, with LoRA in place where `adapter` asks for it.
+    """Make the patched model on meta, in 4 bits and with LoRA in place where that is asked for.
 
     Args:
-        dtype: of the base's parameters; the router's bias buffer stays float32, as do LoRA factors.
         device: where it will run (decides about kernels); the parameters are on meta until `fill`.
 
     Returns: the model, and what LoRA was put on (None: all parameters train).
@@ -63,11 +87,28 @@ def build(
     with torch.device("meta"):
         model = NemotronHForCausalLM(config)
     # Parameters only: `.to(dtype)` would round the router's float32 bias buffer.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    patch_model(model, device)
+    for name, parameter in model.named_parameters():
+        keep = name.rpartition(".")[2] in _ALWAYS_FLOAT32
+        parameter.data = parameter.data.to(torch.float32 if keep else precision.weights)
+    patch_model(model, device, precision.compute)
+    _quantize(model, precision)
     targets = apply_lora(model, adapter) if adapter.adapter else None
     return model, targets
+
+
+def _quantize(model: nn.Module, precision: Precision) -> None:
+    """Put 4-bit weights in place of dense ones, on meta."""
+    for module in model.modules():
+        if precision.linears_4bit and isinstance(module, BaseLinear):
+            names: tuple[str, ...] = ("weight",)
+        elif precision.experts_4bit and isinstance(module, RoutedExperts):
+            names = ("up_proj", "down_proj")
+        else:
+            continue
+        for name in names:
+            dense = getattr(module, name)
+            delattr(module, name)
+            setattr(module, name, QuantizedWeight(tuple(dense.shape), dense.device))
 
 
 class Checkpoint:
@@ -75,7 +116,7 @@ class Checkpoint:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self._open: dict[Path, safe_open] = {}
+        self._open: tuple[Path, safe_open] | None = None
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         if index.exists():
@@ -99,12 +140,13 @@ class Checkpoint:
                     self._name_on_disk[right] = old
 
     def _file(self, path: Path) -> safe_open:
-        if path not in self._open:
+        """The shard, open; one at a time, since the pages of an open one count as this process's memory."""
+        if self._open is None or self._open[0] != path:
             try:
-                self._open[path] = safe_open(path, framework="pt")
+                self._open = (path, safe_open(path, framework="pt"))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"base_model: {path} cannot be read: {error}") from None
-        return self._open[path]
+        return self._open[1]
 
     def rows(self, key: str, start: int, stop: int, shape: tuple[int, ...]) -> torch.Tensor:
         """Rows [start, stop) of the tensor `key`, which must be of `shape`."""
@@ -117,10 +159,15 @@ class Checkpoint:
         return view[start:stop]
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Base parameters and buffers, without LoRA factors."""
+def _base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | QuantizedWeight]]:
+    """Weights and buffers of the base, without LoRA factors; one in 4 bits is one, under its own name."""
+    quantized = {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantizedWeight)
+    }
+    yield from quantized.items()
     for name, parameter in model.named_parameters():
-        if "lora_" not in name.rpartition(".")[2]:
+        prefix, _, leaf = name.rpartition(".")
+        if "lora_" not in leaf and prefix not in quantized:
             yield name, parameter
     yield from model.named_buffers()
 
@@ -134,11 +181,19 @@ def _local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor.to_local(), offset[0]
 
 
+class Rows(Protocol):
+    """Where a base weight's rows come from: fills `out` (rows, ...) with those from row `first` on."""
+
+    def __call__(self, name: str, shape: tuple[int, ...], first: int, out: torch.Tensor) -> None: ...
+
+
 @torch.no_grad()
 def fill(
     model: NemotronHForCausalLM, base_model: str | None, seed: int, device: torch.device, adapter_seed: int
 ) -> None:
     """Give every parameter and buffer its values, on `device`.
+
+    Weights in 4 bits are quantized some hundred MiB at a time, never a whole one.
 
     Args:
         base_model: folder to read; None draws random weights from `seed`, the same for any sharding.
@@ -146,28 +201,57 @@ def fill(
 
     Raises: CheckpointError for a missing, left-over or misshapen tensor.
     """
-    num_experts = model.config.n_routed_experts
-    checkpoint = Checkpoint(base_model) if base_model is not None else None
-    if checkpoint:
-        _check_keys(model, checkpoint, num_experts)
+    rows = _random_rows(model, seed) if base_model is None else _stored_rows(model, base_model)
     model.to_empty(device=device)
-    for name, tensor in _named_tensors(model):
-        local, first = _local_rows(tensor)
-        if checkpoint is None:
-            initial_values(local, name, first, tuple(tensor.shape), model.config, seed)
+    for name, weight in _base_weights(model):
+        if isinstance(weight, QuantizedWeight):
+            _fill_quantized(name, weight, rows, model.compute_dtype)
             continue
-        place = keys.stored(name, num_experts)
-        if place.stacked:
-            for row in range(local.shape[0]):
-                shape = tuple(tensor.shape[1:])
-                local[row].copy_(checkpoint.rows(place.keys[first + row], 0, shape[0], shape))
-        elif local.numel():
-            local.copy_(checkpoint.rows(place.keys[0], first, first + local.shape[0], tuple(tensor.shape)))
+        local, first = _local_rows(weight)
+        if local.numel():
+            rows(name, tuple(weight.shape), first, local)
     _fill_adapter(model, adapter_seed)
 
 
+def _fill_quantized(name: str, weight: QuantizedWeight, rows: Rows, dtype: torch.dtype) -> None:
+    """Read this rank's groups of a weight in `dtype`, some at a time, and quantize them in place."""
+    stored, first = zip(*(_local_rows(p) for p in (weight.packed, weight.codes, weight.nested)), strict=True)
+    num_local, first_group = stored[0].shape[0], first[0]
+    rows_per_group = weight.shape[0] // weight.num_groups
+    step = max(1, QUANTIZED_AT_ONCE_BYTES // (weight.group_size * dtype.itemsize))
+    for start in range(0, num_local, step):
+        groups = min(step, num_local - start)
+        shape = (groups * rows_per_group, *weight.shape[1:])
+        values = torch.empty(shape, dtype=dtype, device=stored[0].device)
+        rows(name, tuple(weight.shape), (first_group + start) * rows_per_group, values)
+        for part, made in zip(stored, weight.quantize(values.view(groups, -1)), strict=True):
+            part[start : start + groups] = made
+
+
+def _random_rows(model: NemotronHForCausalLM, seed: int) -> Rows:
+    def rows(name: str, shape: tuple[int, ...], first: int, out: torch.Tensor) -> None:
+        initial_values(out, name, first, shape, model.config, seed)
+
+    return rows
+
+
+def _stored_rows(model: NemotronHForCausalLM, base_model: str) -> Rows:
+    checkpoint, num_experts = Checkpoint(base_model), model.config.n_routed_experts
+    _check_keys(model, checkpoint, num_experts)
+
+    def rows(name: str, shape: tuple[int, ...], first: int, out: torch.Tensor) -> None:
+        place = keys.stored(name, num_experts)
+        if place.stacked:
+            for row, values in enumerate(out):
+                values.copy_(checkpoint.rows(place.keys[first + row], 0, shape[1], shape[1:]))
+        else:
+            out.copy_(checkpoint.rows(place.keys[0], first, first + out.shape[0], shape))
+
+    return rows
+
+
 def _check_keys(model: nn.Module, checkpoint: Checkpoint, num_experts: int) -> None:
-    wanted = {key for name, _ in _named_tensors(model) for key in keys.stored(name, num_experts).keys}
+    wanted = {key for name, _ in _base_weights(model) for key in keys.stored(name, num_experts).keys}
     found = {key for key in checkpoint.files if not keys.is_unused(key)}
     for problem, names in (("lacks", wanted - found), ("has, and the model does not,", found - wanted)):
         if names:
@@ -178,24 +262,25 @@ def _check_keys(model: nn.Module, checkpoint: Checkpoint, num_experts: int) -> N
 
 def _fill_adapter(model: nn.Module, seed: int) -> None:
     """A uniform in +-sqrt(3 / inputs) / sqrt(3), as PEFT draws it (kaiming, a = sqrt 5); B zero."""
-    for name, parameter in model.named_parameters():
-        leaf = name.rpartition(".")[2]
+    for name, parameter in lora_parameters(model).items():
         local, first = _local_rows(parameter)
-        if leaf.endswith("lora_B"):
+        if name.endswith("lora_B"):
             local.zero_()
-        elif leaf.endswith("lora_A"):
+        else:
             bound = 1 / math.sqrt(parameter.shape[-1])
-            for row in range(local.shape[0]):
-                generator = row_generator(seed, name, first + row, local.device)
-                local[row].uniform_(-bound, bound, generator=generator)
+            draw_rows(
+                local, name, first, seed, lambda t, g, bound=bound: t.uniform_(-bound, bound, generator=g)
+            )
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters, whole model whatever the sharding: {"total", "trainable", "routed_experts"}."""
     banks = tuple(name for name, module in model.named_modules() if isinstance(module, RoutedExperts))
-    sizes = [(name, p.numel(), p.requires_grad) for name, p in model.named_parameters()]
+    buffers = {name for name, _ in model.named_buffers()}
+    base = [(name, w.shape.numel()) for name, w in _base_weights(model) if name not in buffers]
+    lora = [(name, factor.numel()) for name, factor in lora_parameters(model).items()]
     return {
-        "total": sum(size for _, size, _ in sizes),
-        "trainable": sum(size for _, size, trains in sizes if trains),
-        "routed_experts": sum(size for name, size, _ in sizes if name.startswith(banks) and banks),
+        "total": sum(size for _, size in base + lora),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "routed_experts": sum(size for name, size in base + lora if banks and name.startswith(banks)),
     }

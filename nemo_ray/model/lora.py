@@ -16,28 +16,27 @@ from torch import nn
 
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.model.experts import RoutedExperts
+from nemo_ray.model.linear import BaseLinear, linear
 from nemo_ray.targets import find_targets
 
 
-class LoraLinear(nn.Module):
+class LoraLinear(BaseLinear):
     """A frozen linear layer plus scaling * B A x. Keeps the base's parameter names."""
 
-    def __init__(self, base: nn.Linear, rank: int, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self.weight, self.bias = base.weight, base.bias
+    def __init__(self, base: BaseLinear, rank: int, scaling: float, dropout: float) -> None:
+        super().__init__(base.weight, base.bias)
         self.rank, self.scaling, self.dropout = rank, scaling, dropout
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=device, dtype=torch.float32))
+        device = next(base.parameters()).device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device, dtype=torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., I) -> (..., O)."""
-        inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        return F.linear(x, self.weight, self.bias) + F.linear(inner * self.scaling, self.lora_B.to(x.dtype))
+        inner = linear(F.dropout(x, self.dropout, self.training), self.lora_A)
+        return super().forward(x) + linear(inner * self.scaling, self.lora_B)
 
     def extra_repr(self) -> str:
-        out_features, in_features = self.weight.shape
-        return f"{in_features}, {out_features}, rank={self.rank}, scaling={self.scaling}"
+        return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling}"
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ def apply_lora(model: nn.Module, adapter: AdapterSection) -> LoraTargets:
     Raises: ConfigError for a target that matches nothing or that cannot carry LoRA; it lists near names.
     """
     model.requires_grad_(False)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linears.pop("lm_head", None)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, BaseLinear)}
     banks = {
         f"{name}.{parameter}": (module, parameter)
         for name, module in model.named_modules()

@@ -3,7 +3,8 @@
 - Packed rows: convolution and scan stop at document edges, attention is block-causal (upstream leaks).
 - `time_step_limit` comes from the config, as in NVIDIA's reference (upstream clamps at time_step_min).
 - `out_proj` is called as a module, outside the fused kernel, so that LoRA on it acts in training too.
-- Routed experts are ours (experts.py).
+- Linear layers and routed experts are ours (linear.py, experts.py): their weights may be float32 masters of
+  a bf16 computation, or in 4 bits.
 
 Nothing here changes a class: every patch binds to one model and checks the upstream code that it stands on.
 """
@@ -13,6 +14,7 @@ import types
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +24,7 @@ from nemo_ray.errors import PatchError
 from nemo_ray.model.attention import packed_attention
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.experts import RoutedExperts
+from nemo_ray.model.linear import BaseLinear, linear
 from nemo_ray.model.ssd import select_split_conv1d_scan
 
 # What the patches rely on: the parameters each upstream forward must take, and the modules that it must hold.
@@ -40,8 +43,13 @@ EXPECTED_CHILDREN = {
 }
 
 
-def patch_model(model: "upstream.NemotronHForCausalLM", device: torch.device) -> None:
+def patch_model(
+    model: "upstream.NemotronHForCausalLM", device: torch.device, compute_dtype: torch.dtype
+) -> None:
     """Bind the patches to `model`, which will run on `device` (it may still be on meta).
+
+    Args:
+        compute_dtype: of the activations; parameters may be of another one.
 
     Adds the method `packed_logits(batch)` and the switch `recompute_blocks` (recompute activations in the
     backward pass of training); plain calls of `model` go on as upstream has them.
@@ -55,6 +63,8 @@ def patch_model(model: "upstream.NemotronHForCausalLM", device: torch.device) ->
     scan = select_split_conv1d_scan(device)
     for block in model.model.layers:
         _check_children(block)
+        _replace_linears(block)
+        _patch_block(block)
         mixer = block.mixer
         _check_children(mixer)
         if isinstance(mixer, upstream.NemotronHMamba2Mixer):
@@ -65,6 +75,7 @@ def patch_model(model: "upstream.NemotronHForCausalLM", device: torch.device) ->
             _check_children(mixer.experts)
             mixer.experts = RoutedExperts(mixer.experts.up_proj, mixer.experts.down_proj)
     model.recompute_blocks = False
+    model.compute_dtype = compute_dtype
     model.packed_logits = types.MethodType(packed_logits, model)
 
 
@@ -88,6 +99,40 @@ def _check_children(module: nn.Module) -> None:
         raise PatchError(f"transformers {transformers.__version__}: {name} has no {', '.join(missing)}")
 
 
+def _replace_linears(block: nn.Module) -> None:
+    for name, module in list(block.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(block.get_submodule(parent), child, BaseLinear(module.weight, module.bias))
+
+
+def _patch_block(block: nn.Module) -> None:
+    original = block.forward
+
+    def forward(
+        self: nn.Module, hidden_states: torch.Tensor, packed: PackedBatch | None = None, **kwargs: object
+    ) -> torch.Tensor:
+        if packed is None:
+            return original(hidden_states, **kwargs)
+        inside = rms_norm(hidden_states, self.norm)
+        if self.block_type == "linear_attention":
+            inside = self.mixer(inside, packed=packed)
+        elif self.block_type == "full_attention":
+            inside, _ = self.mixer(inside, packed=packed)
+        else:
+            inside = self.mixer(inside)
+        return hidden_states + inside
+
+    block.forward = types.MethodType(forward, block)
+
+
+def rms_norm(hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+    """What `norm` (a NemotronHRMSNorm) computes, in float32 inside and in hidden's dtype outside."""
+    weight = norm.weight
+    out = F.rms_norm(hidden.to(weight.dtype), weight.shape, weight, norm.variance_epsilon)
+    return out.to(hidden.dtype)
+
+
 def _patch_mamba(mixer: nn.Module, scan: Callable[..., torch.Tensor]) -> None:
     mixer.time_step_limit = tuple(mixer.config.time_step_limit)
     original = mixer.forward
@@ -97,10 +142,11 @@ def _patch_mamba(mixer: nn.Module, scan: Callable[..., torch.Tensor]) -> None:
     ) -> torch.Tensor:
         if packed is None:
             return original(hidden_states, **kwargs)
+        dtype, bias = hidden_states.dtype, self.conv1d.bias
         y = scan(
             self.in_proj(hidden_states),
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
+            self.conv1d.weight.squeeze(1).to(dtype),
+            bias if bias is None else bias.to(dtype),
             self.dt_bias,
             -torch.exp(self.A_log.float()),
             D=self.D,
@@ -108,13 +154,13 @@ def _patch_mamba(mixer: nn.Module, scan: Callable[..., torch.Tensor]) -> None:
             seq_idx=packed.seq_idx,
             dt_limit=self.time_step_limit,
             activation=self.activation,
-            rmsnorm_weight=self.norm.weight,
+            rmsnorm_weight=self.norm.weight.to(dtype),
             rmsnorm_eps=self.norm.variance_epsilon,
             headdim=self.head_dim,
             ngroups=self.n_groups,
             norm_before_gate=False,
         )
-        return self.out_proj(y.to(hidden_states.dtype))
+        return self.out_proj(y)
 
     mixer.forward = types.MethodType(forward, mixer)
 
@@ -141,20 +187,20 @@ def _patch_attention(mixer: nn.Module) -> None:
 
 
 def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
-    """Final hidden states (B, T, H) of packed documents, after the last norm. No mask, no cache.
+    """Final hidden states (B, T, H) of packed documents, after the last norm, in `model.compute_dtype`.
 
     Not a method: under FSDP only what runs inside a registered forward method of the root sees whole
     parameters.
     """
-    hidden = model.model.embeddings(batch.input_ids)
+    hidden = model.model.embeddings(batch.input_ids).to(model.compute_dtype)
     for block in model.model.layers:
         if model.recompute_blocks and model.training:
             hidden = checkpoint(block, hidden, packed=batch, use_reentrant=False)
         else:
             hidden = block(hidden, packed=batch)
-    return model.model.norm_f(hidden)
+    return rms_norm(hidden, model.model.norm_f)
 
 
 def packed_logits(self: nn.Module, batch: PackedBatch) -> torch.Tensor:
     """Logits (B, T, V) in float32. For short batches: the training loss never forms them whole."""
-    return self.lm_head(packed_hidden(self, batch)).float()
+    return linear(packed_hidden(self, batch), self.lm_head.weight).float()

@@ -17,7 +17,7 @@ from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.model.adapter import save_adapter, save_model
 from nemo_ray.model.generate import complete_greedily
-from nemo_ray.model.load import build, count_parameters, fill, read_model_config
+from nemo_ray.model.load import Precision, build, count_parameters, fill, read_model_config
 from nemo_ray.model.lora import LoraTargets
 from nemo_ray.model.selftest import self_test
 from nemo_ray.run_dir import RunDir
@@ -59,12 +59,12 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
         torch.backends.cuda.matmul.allow_tf32 = config.tf32
     if rank == 0:
         run.write_progress({"phase": "loading"})
-    dtype = base_dtype(config, device)
-    trainee, targets = make_trainee(config, device, dtype)
+    precision = base_precision(config, device)
+    trainee, targets = make_trainee(config, device, precision)
     if rank == 0:
         run.update_run({"model": count_parameters(trainee.model)})
         run.write_progress({"phase": "self-test"})
-    self_test(trainee.model, targets, device, dtype)
+    self_test(trainee.model, targets, device, precision.compute)
 
     state = TrainState()
     folder = checkpoint_to_resume(config.resume_from_checkpoint, run)
@@ -79,27 +79,31 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
     if finished:
         complete_prompts(trainer, config, "after")
         trainer.write_progress("exporting", now=True)
-        export(trainee, config, targets, run, dtype, write=rank == 0)
+        export(trainee, config, targets, run, write=rank == 0)
     trainer.write_progress("done", now=True)
     report({"step": state.step, "eval_loss": trainer.eval_loss, "stopped": not finished})
     return {"step": state.step, "stopped": not finished}
 
 
-def base_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Dtype of the base's weights and of the computation: float32 on a CPU and wherever all weights train."""
-    if config.bf16 is False or not config.adapter:
-        return torch.float32
-    if config.bf16 == "auto" and device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16
+def base_precision(config: Config, device: torch.device) -> Precision:
+    """Frozen weights are held as they compute: bf16 on a GPU, float32 on a CPU, unless `bf16` says otherwise.
+    Where every weight trains, the weights are float32 masters and only the computation is bf16."""
+    bf16 = device.type == "cuda" if config.bf16 == "auto" else config.bf16
+    compute = torch.bfloat16 if bf16 else torch.float32
+    return Precision(
+        weights=compute if config.adapter else torch.float32,
+        compute=compute,
+        linears_4bit=config.load_in_4bit,
+        experts_4bit=config.quantize_moe_experts,
+    )
 
 
 def make_trainee(
-    config: Config, device: torch.device, dtype: torch.dtype
+    config: Config, device: torch.device, precision: Precision
 ) -> tuple[Trainee, LoraTargets | None]:
     """Build on meta, lay out over the workers, fill; then the optimizer over what trains."""
     model_config = read_model_config(config.base_model)
-    model, targets = build(model_config, config.adapter_config, dtype, device)
+    model, targets = build(model_config, config.adapter_config, precision, device)
     bind_loss(model)
     layout = Layout.choose(dist.get_world_size(), config.dp_shard_size, config.dp_replicate_size)
     parallel = parallelize(model, layout, device, config.gradient_checkpointing)
@@ -148,7 +152,6 @@ def export(
     config: Config,
     targets: LoraTargets | None,
     run: RunDir,
-    dtype: torch.dtype,
     write: bool,
 ) -> None:
     """Write adapter/ or model/, whole or not at all."""

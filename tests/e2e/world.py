@@ -18,7 +18,7 @@ import yaml
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.demo.shapes import base_config
 from nemo_ray.model.adapter import TOKENIZER_FILES, save_model
-from nemo_ray.model.load import build, fill, read_model_config
+from nemo_ray.model.load import Precision, build, fill, read_model_config
 from nemo_ray.run_dir import RunDir
 from tests.e2e.command import ROOT, TRAIN, Command
 
@@ -73,7 +73,7 @@ def write_base(folder: Path) -> Path:
         if (DEMO_BASE / name).exists():
             shutil.copyfile(DEMO_BASE / name, shape / name)
     config, cpu = read_model_config(str(shape)), torch.device("cpu")
-    model, _ = build(config, AdapterSection(), torch.float32, cpu)
+    model, _ = build(config, AdapterSection(), Precision(), cpu)
     fill(model, None, seed=3, device=cpu, adapter_seed=3)
     save_model(model, config, str(shape), folder, torch.bfloat16, write=True)
     return folder

@@ -5,7 +5,7 @@ import torch
 
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.model.batch import PackedBatch
-from nemo_ray.model.load import build, fill
+from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.selftest import self_test
 from nemo_ray.model.ssd import select_split_conv1d_scan, split_conv1d_scan
 from tests.model.shapes import ALL_TARGETS, randomize_lora, tiny_config
@@ -21,7 +21,7 @@ LAYOUTS = [[128, 128], [1, 1, 100, 153, 1], [256], [60, 70, 126], [5, 251]]
 
 def gpu_model(dtype: torch.dtype, latent: int | None = None):
     adapter = AdapterSection(**ALL_TARGETS)
-    model, targets = build(tiny_config(latent=latent, **SHAPE), adapter, dtype, GPU)
+    model, targets = build(tiny_config(latent=latent, **SHAPE), adapter, Precision(dtype, dtype), GPU)
     fill(model, None, seed=3, device=GPU, adapter_seed=3)
     randomize_lora(model)
     return model, targets

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from nemo_ray.config.schema import AdapterSection
-from nemo_ray.model.load import build, fill
+from nemo_ray.model.load import Precision, build, fill
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def tiny_model(
 ) -> NemotronHForCausalLM:
     """A patched, filled model on the CPU; LoRA B is random, so that adapters act."""
     section = AdapterSection(**(adapter or {}))
-    model, _ = build(config or tiny_config(), section, torch.float32, CPU)
+    model, _ = build(config or tiny_config(), section, Precision(), CPU)
     fill(model, None, seed=seed, device=CPU, adapter_seed=seed)
     randomize_lora(model)
     return model

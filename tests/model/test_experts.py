@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from nemo_ray.model.experts import RoutedExperts, dispatch, grouped_linear, grouped_linear_reference
+from nemo_ray.model.experts import RoutedExperts, dispatch
+from nemo_ray.model.linear import grouped_matmul, grouped_matmul_reference
 
 N, K, E, H, I = 50, 3, 8, 16, 12  # noqa: E741
 
@@ -32,7 +33,7 @@ def loop_forward(experts: RoutedExperts, hidden, index, weights):
         if experts.up_lora_A is None:
             return weight
         A, B = getattr(experts, f"{side}_lora_A")[expert], getattr(experts, f"{side}_lora_B")[expert]
-        return weight + experts.scaling * B @ A
+        return weight + experts.scalings[side] * B @ A
 
     rows = []
     for token in range(hidden.shape[0]):
@@ -82,7 +83,7 @@ def test_dispatch_sorts_by_expert_and_counts():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_linear_equals_its_reference(dtype):
-    x, weight = torch.randn(20, H).to(dtype), torch.randn(E, 8, H).to(dtype)
+def test_grouped_matmul_equals_its_reference(dtype):
+    x, matrices = torch.randn(20, H).to(dtype), torch.randn(E, H, 8).to(dtype)
     ends = torch.tensor([0, 5, 5, 9, 20, 20, 20, 20], dtype=torch.int32)
-    torch.testing.assert_close(grouped_linear(x, weight, ends), grouped_linear_reference(x, weight, ends))
+    torch.testing.assert_close(grouped_matmul(x, matrices, ends), grouped_matmul_reference(x, matrices, ends))

@@ -14,7 +14,7 @@ from nemo_ray.config.schema import AdapterSection
 from nemo_ray.errors import CheckpointError, ConfigError
 from nemo_ray.model.adapter import save_adapter, save_model
 from nemo_ray.model.batch import PackedBatch
-from nemo_ray.model.load import build, count_parameters, fill, read_model_config
+from nemo_ray.model.load import Precision, build, count_parameters, fill, read_model_config
 from tests.model.shapes import ALL_TARGETS, CPU, randomize_lora, tiny_config
 
 IDS = torch.randint(0, 128, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -32,7 +32,7 @@ def base(request, tmp_path_factory) -> Path:
 
 
 def our_model(base: Path, adapter: AdapterSection = FULL):
-    model, targets = build(read_model_config(str(base)), adapter, torch.float32, CPU)
+    model, targets = build(read_model_config(str(base)), adapter, Precision(), CPU)
     fill(model, str(base), seed=0, device=CPU, adapter_seed=1)
     return model.eval(), targets
 

@@ -1,11 +1,10 @@
 """Which names LoRA targets match, and what is said of those that match nothing."""
 
 import pytest
-import torch
 
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.errors import ConfigError
-from nemo_ray.model.load import build
+from nemo_ray.model.load import Precision, build
 from nemo_ray.model.lora import scaling_of
 from nemo_ray.targets import LINEAR_NAMES, expert_paths, find_targets, linear_paths
 from tests.model.shapes import CPU, tiny_config
@@ -13,7 +12,7 @@ from tests.model.shapes import CPU, tiny_config
 
 def targets(latent: int | None = None, **adapter: object):
     return build(
-        tiny_config(latent=latent), AdapterSection(adapter="lora", lora_r=4, **adapter), torch.float32, CPU
+        tiny_config(latent=latent), AdapterSection(adapter="lora", lora_r=4, **adapter), Precision(), CPU
     )[1]
 
 
@@ -79,7 +78,7 @@ def test_the_names_from_config_json_are_those_of_the_model(latent):
     adapter = AdapterSection(
         adapter="lora", lora_target_linear=True, lora_target_parameters=("up_proj", "down_proj")
     )
-    found = build(tiny_config(latent=latent), adapter, torch.float32, CPU)[1]
+    found = build(tiny_config(latent=latent), adapter, Precision(), CPU)[1]
     shape = tiny_config(latent=latent).to_dict()
     modules, parameters = find_targets(adapter, linear_paths(shape), expert_paths(shape))
     assert (tuple(modules), tuple(parameters)) == (found.modules, found.parameters)

@@ -5,7 +5,7 @@ import torch
 from transformers import NemotronHForCausalLM
 
 from nemo_ray.model.batch import PackedBatch
-from nemo_ray.model.load import build, fill
+from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.lora import lora_parameters
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config, tiny_model
 
@@ -87,11 +87,12 @@ def test_every_lora_factor_gets_a_gradient():
 
 
 def test_parameters_of_lora_models_are_float32_and_the_base_is_frozen():
-    model, _ = build(tiny_config(), tiny_section(), torch.bfloat16, CPU)
+    model, _ = build(tiny_config(), tiny_section(), Precision(torch.bfloat16, torch.bfloat16), CPU)
     fill(model, None, seed=0, device=CPU, adapter_seed=0)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name)
-        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
+        kept = "lora_" in name or name.endswith(("A_log", ".D", "dt_bias"))
+        assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
     for name, buffer in model.named_buffers():
         assert buffer.dtype == torch.float32, name
 

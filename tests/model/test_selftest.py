@@ -19,7 +19,9 @@ def check(model, targets=None) -> None:
 
 def all_targets(model) -> LoraTargets:
     modules = tuple(name for name, m in model.named_modules() if isinstance(m, LoraLinear))
-    banks = [name for name, m in model.named_modules() if isinstance(m, RoutedExperts) and m.rank]
+    banks = [
+        name for name, m in model.named_modules() if isinstance(m, RoutedExperts) and any(m.scalings.values())
+    ]
     return LoraTargets(modules, tuple(f"{name}.{side}_proj" for name in banks for side in ("up", "down")))
 
 

@@ -14,7 +14,7 @@ from nemo_ray.config.schema import AdapterSection, TrainSection
 from nemo_ray.errors import ConfigError
 from nemo_ray.model.adapter import adapter_state, save_model
 from nemo_ray.model.batch import PackedBatch
-from nemo_ray.model.load import build, fill
+from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.selftest import self_test
 from nemo_ray.train.loss import IGNORED, bind_loss, next_token_targets
 from nemo_ray.train.optim import clip_gradients, make_optimizer
@@ -40,7 +40,7 @@ def micro_batches() -> list[tuple[PackedBatch, torch.Tensor]]:
 def train(layout: Layout, rank: int, adapter: dict, checkpointing: bool) -> tuple[nn.Module, list[float]]:
     """Three steps of AdamW; returns the model and each step's loss and gradient norm."""
     world = layout.replicate * layout.shard
-    model, targets = build(tiny_config(latent=32), AdapterSection(**adapter), torch.float32, CPU)
+    model, targets = build(tiny_config(latent=32), AdapterSection(**adapter), Precision(), CPU)
     bind_loss(model)
     parallel = parallelize(model, layout, CPU, checkpointing)
     fill(model, None, seed=3, device=CPU, adapter_seed=4)

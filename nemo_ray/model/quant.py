@@ -1,0 +1,144 @@
+"""Frozen weights in 4 bits: NF4 with double quantization, of linear layers and of 3-D expert banks alike.
+
+The arithmetic is bitsandbytes'; the storage is ours: one row of bytes for each group of weights, in three
+frozen parameters, so that FSDP2 shards a bank by experts (a linear layer by groups of output rows) and a rank
+quantizes only what it holds. A weight takes 4.127 bits.
+
+Shapes: G groups, n weights a group, b = ceil(n / 64) blocks of a group, k = ceil(b / 256).
+Source: Dettmers et al., "QLoRA" (2023), section 3.
+"""
+
+import logging
+import math
+from functools import cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemo_ray.errors import PatchError
+
+BLOCK = 64  # weights that share a scale
+SCALE_BLOCK = 256  # scales that share a scale
+MAX_GROUPS = 64  # of a linear layer
+# NF4 loses 0.09 of a normal tensor's norm; what is broken in a library or a layout loses more than 0.15.
+MAX_ERROR = 0.13
+# FSDP2 of torch 2.11 shards floating-point parameters only: there the same bytes are called bfloat16.
+STORAGE = torch.uint8 if torch.__version__ >= (2, 12) else torch.bfloat16
+
+
+def bitsandbytes() -> ModuleType:
+    """The library, imported where something is in 4 or 8 bits only; on a CPU it warns of a kernel that is not
+    used here."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes
+
+    return bitsandbytes
+
+
+@cache
+def _scale_code(device: torch.device) -> torch.Tensor:
+    """The 256 values that a scale's byte stands for."""
+    return bitsandbytes().functional.create_dynamic_map().to(device)
+
+
+def num_groups(shape: tuple[int, ...]) -> int:
+    """Groups of a weight: the experts of a bank (E, O, I); of a linear layer (O, I) as many as rows allow."""
+    return shape[0] if len(shape) == 3 else math.gcd(shape[0], MAX_GROUPS)
+
+
+class QuantizedWeight(nn.Module):
+    """A frozen weight of `shape`, (O, I) or (E, O, I), in 4 bits. Not called: `dequantize` gives its values.
+
+    Parameters: packed (G, 32 b) two weights a byte, codes (G, 256 k) a byte for each block's scale,
+    nested (G, 4 (k + 1)) the scales of the scales and their offset, float32 viewed as bytes. All of dtype
+    `STORAGE`, where a bfloat16 counts for two bytes.
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        super().__init__()
+        self.shape = torch.Size(shape)
+        self.num_groups = num_groups(shape)
+        self.group_size = self.shape.numel() // self.num_groups
+        self.num_blocks = -(-self.group_size // BLOCK)
+        scale_blocks = -(-self.num_blocks // SCALE_BLOCK)
+        widths = {
+            "packed": self.num_blocks * BLOCK // 2,
+            "codes": scale_blocks * SCALE_BLOCK,
+            "nested": 4 * (scale_blocks + 1),
+        }
+        for name, num_bytes in widths.items():
+            size = (self.num_groups, num_bytes // STORAGE.itemsize)
+            stored = torch.empty(size, dtype=STORAGE, device=device)
+            self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole weight, of `self.shape`."""
+        packed, codes, nested = (p.view(torch.uint8) for p in (self.packed, self.codes, self.nested))
+        return self._values(packed, codes, nested, dtype).view(self.shape)
+
+    def quantize(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows of (packed, codes, nested), dtype `STORAGE`, for `values` (groups, n) of some of the groups.
+
+        Raises: PatchError where the values do not come back: the installed bitsandbytes is not to be trusted.
+        """
+        bnb = bitsandbytes().functional
+        groups, size = values.shape
+        assert size == self.group_size
+        padded = F.pad(values, (0, self.num_blocks * BLOCK - size)).contiguous()
+        packed, state = bnb.quantize_4bit(padded.view(-1), blocksize=BLOCK, quant_type="nf4")
+        scales = state.absmax.view(groups, self.num_blocks)
+        # One mean at a time: its last bit must not depend on how many groups a rank quantizes together.
+        offsets = torch.stack([row.mean() for row in scales])
+        width = self.codes.shape[1] * STORAGE.itemsize
+        centred = F.pad(scales - offsets[:, None], (0, width - self.num_blocks)).contiguous()
+        codes, nested = bnb.quantize_blockwise(
+            centred.view(-1), code=_scale_code(values.device), blocksize=SCALE_BLOCK
+        )
+        stored = (
+            packed.view(groups, -1),
+            codes.view(groups, -1),
+            torch.cat([nested.absmax.view(groups, -1), offsets[:, None]], dim=1).view(torch.uint8),
+        )
+        self._check(values, *stored)
+        return tuple(rows.view(STORAGE) for rows in stored)
+
+    def _values(
+        self, packed: torch.Tensor, codes: torch.Tensor, nested: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """(groups, n) from rows of bytes."""
+        bnb = bitsandbytes().functional
+        groups = packed.shape[0]
+        scales = nested.view(torch.float32)
+        nested_state = bnb.QuantState(
+            absmax=scales[:, :-1].contiguous().view(-1),  # bitsandbytes reads past strides
+            code=_scale_code(packed.device),
+            blocksize=SCALE_BLOCK,
+            dtype=torch.float32,
+        )
+        absmax = bnb.dequantize_blockwise(codes.contiguous().view(-1), nested_state).view(groups, -1)
+        absmax = (absmax[:, : self.num_blocks] + scales[:, -1:]).contiguous()
+        # A flat shape: with any other, bitsandbytes 0.50 on a CPU wants rows of a multiple of 64.
+        state = bnb.QuantState(
+            absmax=absmax.view(-1),
+            shape=torch.Size((groups * self.num_blocks * BLOCK,)),
+            blocksize=BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
+        )
+        flat = bnb.dequantize_4bit(packed.contiguous().view(-1, 1), state)
+        return flat.view(groups, -1)[:, : self.group_size]
+
+    def _check(self, values: torch.Tensor, *stored: torch.Tensor) -> None:
+        first = values[:1].float()
+        back = self._values(*(rows[:1] for rows in stored), torch.float32)
+        error = float((back - first).norm() / first.norm().clamp(min=1e-30))
+        if not error <= MAX_ERROR:
+            raise PatchError(
+                f"bitsandbytes {bitsandbytes().__version__} on {values.device.type}: a weight comes back "
+                f"from 4 bits with {error:.3f} of its norm lost (at most {MAX_ERROR}); install another version"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.shape)}, nf4, groups={self.num_groups}"
