@@ -5,6 +5,7 @@ callers' business.
 """
 
 import contextlib
+import json
 import logging
 import os
 import secrets
@@ -18,6 +19,8 @@ from nemo_ray.errors import ClusterError
 from nemo_ray.failures import one_line
 
 CONNECT_WITHIN_S = 20.0
+JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""In which Ray 2.60 hands the metadata and runtime_env of a submitted job to its driver."""
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 # What Ray 2.60 does otherwise:
 _ENVIRONMENT = {
@@ -81,9 +84,10 @@ def start_local(num_cpus: int, environment: Environment, include_dashboard: bool
         raise ClusterError(f"a local Ray could not be started: {one_line(error)}") from error
 
 
-def connect(address: str, environment: Environment) -> None:
+def connect(address: str, environment: Environment, variables: Mapping[str, str] | None = None) -> None:
     """Join the cluster at `address`: host:port or "auto".
 
+    variables: environment variables of this process that the job's processes on all nodes are to have too.
     Raises: ClusterError where it cannot be reached within CONNECT_WITHIN_S.
     """
     where = f"the Ray cluster at {address}"
@@ -100,10 +104,15 @@ def connect(address: str, environment: Environment) -> None:
     import ray
 
     failed: list[BaseException] = []
+    given = _job_variables(os.environ)  # Ray refuses to be told of one twice
+    added = {name: value for name, value in (variables or {}).items() if name not in given}
+    runtime_env = {"env_vars": added} if added else None
 
     def join() -> None:
         try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(
+                address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=runtime_env
+            )
         except BaseException as error:
             failed.append(error)
 
@@ -114,6 +123,14 @@ def connect(address: str, environment: Environment) -> None:
         raise ClusterError(f"{where} did not answer within {CONNECT_WITHIN_S:g} s; is it a Ray head's port?")
     if failed:
         raise ClusterError(f"{where} could not be joined: {one_line(failed[0])}") from failed[0]
+
+
+def _job_variables(environ: Mapping[str, str]) -> set[str]:
+    """Names of the variables that `ray job submit` was told to give to all processes of this job."""
+    try:
+        return set(json.loads(environ[JOB_CONFIG_VARIABLE])["runtime_env"]["env_vars"])
+    except (KeyError, TypeError, json.JSONDecodeError):
+        return set()
 
 
 def _check_reachable(address: str, where: str) -> None:

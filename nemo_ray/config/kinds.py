@@ -20,6 +20,20 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+# Other names that the two modules have, in PEFT's files or elsewhere.
+_MODULE_NAMES = {
+    "embed_tokens": "embeddings",
+    "embedding": "embeddings",
+    "model.embeddings": "embeddings",
+    "backbone.embeddings": "embeddings",
+    "backbone.embedding": "embeddings",
+}
+
+
+def _module_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_MODULE_NAMES.get(name, name) for name in names))
+
+
 def _rows_or_fraction(value: float) -> float:
     if value < 0 or (value >= 1 and value != int(value)):
         raise ValueError("out of range")
@@ -30,6 +44,7 @@ Bool = Annotated[bool, Strict(), Kind("true or false")]
 Text = Annotated[str, Field(min_length=1), Kind("text")]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser), Kind("a path")]
 TextList = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Kind("a list of text")]
+ModuleList = Annotated[TextList, AfterValidator(_module_names), Kind("a list of text")]
 PathList = Annotated[tuple[PathText, ...], BeforeValidator(_as_list), Kind("a list of paths")]
 PositiveInt = Annotated[int, Strict(), Field(gt=0), Kind("a whole number above 0")]
 NonNegativeInt = Annotated[int, Strict(), Field(ge=0), Kind("a whole number, 0 or more")]
@@ -44,6 +59,8 @@ HeldOut = Annotated[
     Number, AfterValidator(_rows_or_fraction), Kind("a fraction below 1, or a whole number of rows")
 ]
 Resources = Annotated[dict[Text, NonNegative], Kind("a map from resource name to a number, 0 or more")]
+RankPattern = Annotated[dict[Text, PositiveInt], Kind("a map from text to a whole number above 0")]
+AlphaPattern = Annotated[dict[Text, Positive], Kind("a map from text to a number above 0")]
 Mapping = Annotated[dict[Text, Text], Kind("a map from text to text")]
 
 

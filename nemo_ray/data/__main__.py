@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nemo_ray import session
+from nemo_ray import hub, session
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
@@ -36,12 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded = load_config(options.config, options.overrides)
         for notice in loaded.notices:
             print(f"note: {notice}")
-        config = loaded.config
-        plan = plan_data(config.data, config.base_model, prepared_directory(config))
+        config = hub.pin(loaded.config, weights=False, here=False)
+        model = hub.reference(config)
+        plan = plan_data(config.data, model, prepared_directory(config))
         for notice in plan.notices:
             print(f"note: {notice}")
         if options.show is not None:
-            show_examples(plan, config.data, config.base_model, options.show, Console(highlight=False))
+            show_examples(plan, config.data, model, options.show, Console(highlight=False))
         else:
             _prepare(plan, config)
     except NemoRayError as error:
@@ -68,14 +69,14 @@ def _prepare(plan: DataPlan, config: Config) -> None:
     if address is None:
         session.start_local(os.cpu_count() or 1, environment)
     else:
-        session.connect(address, environment)
+        session.connect(address, environment, hub.variables_to_pass_on(config, os.environ))
     from nemo_ray.data.pipeline import prepare  # imports Ray, which reads its environment then
 
     try:
         prepare(
             plan,
             config.data,
-            config.base_model,
+            hub.reference(config),
             order=window_order(plan, config.seed),
             progress=_print_progress,
         )

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 from nemo_ray.config.schema import DataSection
 from nemo_ray.data.manifest import digest
 from nemo_ray.errors import ConfigError
+from nemo_ray.hub import is_reference, local_folder
 
 TOKENIZER_DEFAULT = "tokenizer_default"
 
@@ -24,6 +25,7 @@ class TokenizerSpec:
     """Which tokenizer and template; small, picklable and hashable: each process loads them once."""
 
     folder: str
+    """Absolute, or a hub reference, which each node resolves to a folder of its own."""
     chat_template: str
     special_tokens: tuple[tuple[str, str], ...]
 
@@ -33,7 +35,7 @@ class TokenizerSpec:
         template = data.chat_template
         if template != TOKENIZER_DEFAULT:
             template = str(Path(template).expanduser().absolute())
-        folder = str(Path(base_model).expanduser().absolute())
+        folder = base_model if is_reference(base_model) else str(Path(base_model).expanduser().absolute())
         return cls(folder, template, tuple(sorted(data.special_tokens.items())))
 
 
@@ -64,7 +66,7 @@ class LoadedTokenizer:
 @lru_cache(maxsize=4)
 def load_tokenizer(spec: TokenizerSpec) -> LoadedTokenizer:
     """Read the folder's tokenizer. Raises ConfigError naming the file that is missing or wrong."""
-    folder = Path(spec.folder)
+    folder = local_folder(spec.folder, weights=False)
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise ConfigError(

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from nemo_ray import session
+from nemo_ray import hub, session
 from nemo_ray.config.load import LoadedConfig
 from nemo_ray.config.schema import Config, DataSection
 from nemo_ray.data.manifest import DataPlan
@@ -49,7 +49,7 @@ def prepare_data(
     prepare(
         plan,
         config.data,
-        config.base_model,
+        hub.reference(config),
         order=window_order(plan, config.seed),
         num_cpus=resources.DATA_TASK_CPUS,
         stop=stop,
@@ -134,22 +134,26 @@ class Launch:
     # -- the order of things ---------------------------------------------------------------------
 
     def _run(self) -> int:
-        config, run = self.config, self.run_dir
+        asked, run = self.config, self.run_dir
         self.say(f"output: {run.path}")
-        start = outputs.decide_start(run, config)
-        address = session.address_to_join(config.ray, os.environ)
-        resources.require_num_workers(config.ray, connected=address is not None)
-        shape = read_shape(config.base_model)
+        start = outputs.decide_start(run, asked)
+        address = session.address_to_join(asked.ray, os.environ)
+        resources.require_num_workers(asked.ray, connected=address is not None)
+        revision = outputs.base_revision(asked, start)
+        config = hub.pin(asked, revision, weights=not asked.reinit_weights, here=address is None)
+        self.config, model = config, hub.reference(config)
+        shape = read_shape(str(hub.local_folder(model, weights=False)))
         if config.adapter:  # a name that matches nothing is told before a run is replaced
             find_targets(config.adapter_config, linear_paths(shape), expert_paths(shape))
-        plan = self.plan = self.parts.plan(config.data, config.base_model, config.dataset_prepared_path or "")
+        plan = self.plan = self.parts.plan(config.data, model, config.dataset_prepared_path or "")
         if start.checkpoint is not None:
             outputs.check_plan(run, plan)
         wanted, beside = self._enter_ray(address)
         self.interrupts.collect()
         outputs.begin(run, start, plan)
         self.begun = True
-        outputs.record_run(run, outputs.run_facts(config, plan, wanted.num_workers, self.job_id))
+        commit = config.revision_of_model if hub.is_reference(model) else None
+        outputs.record_run(run, outputs.run_facts(asked, plan, wanted.num_workers, self.job_id, commit))
         where = f"the Ray cluster at {address}" if address else "a Ray of its own on this machine"
         self._print_plan(plan, shape, wanted, where, start)
         self._train(plan, wanted, beside)
@@ -169,7 +173,7 @@ class Launch:
             session.start_local(resources.local_cpus(wanted), self.environment)
             nodes = session.nodes()
         else:
-            session.connect(address, self.environment)
+            session.connect(address, self.environment, hub.variables_to_pass_on(self.config, os.environ))
             nodes = session.nodes()
             wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in nodes))
         return wanted, resources.place(wanted, nodes, self.config.ray.accelerator_type)
@@ -185,7 +189,7 @@ class Launch:
         config = self.config
         memory = estimate_memory(config, shape, wanted.num_workers, wanted.use_gpu)
         rows = [
-            ("model", config.base_model),
+            ("model", hub.reference(config)),
             ("", summary.describe_model(shape)),
             ("adapter", summary.describe_adapter(config)),
             *summary.describe_data(config, plan, wanted.num_workers),

@@ -15,18 +15,17 @@ from nemo_ray.config.schema import Config, DatasetSpec
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
 from nemo_ray.run_dir import RunDir
+from nemo_ray.session import JOB_CONFIG_VARIABLE
 from nemo_ray.storage import publish_json, read_json
 
 DEFAULT_STORAGE_PATH = "~/nemo_ray"
-# Ray 2.60 hands the metadata of a submitted job to its driver in this variable.
-_JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _PACKAGES = ("nemo_ray", "ray", "torch", "transformers", "peft", "pyarrow")
 
 
 def submission_id(environ: Mapping[str, str]) -> str | None:
     """The id of the `ray job submit` that this process is the driver of, or None."""
     try:
-        metadata = json.loads(environ[_JOB_CONFIG_VARIABLE])["metadata"]
+        metadata = json.loads(environ[JOB_CONFIG_VARIABLE])["metadata"]
         return str(metadata["job_submission_id"])
     except (KeyError, TypeError, json.JSONDecodeError):
         return None
@@ -108,6 +107,17 @@ def decide_start(run: RunDir, config: Config) -> Start:
     return Start(None, replace=False)
 
 
+def base_revision(config: Config, start: Start) -> str:
+    """The revision of a hub model to train. A continued run keeps the commit that it began with, although the
+    branch may have moved, unless the configuration names another model or revision than it did then."""
+    if start.checkpoint is None:
+        return config.revision_of_model
+    began = RunDir(start.checkpoint.parent.parent).read_run()
+    keys = ("base_model", "revision_of_model")
+    same = all(began.get("config", {}).get(key) == getattr(config, key) for key in keys)
+    return (began.get("base_model_commit") if same else None) or config.revision_of_model
+
+
 def _refuse_a_run(run: RunDir) -> None:
     if run.holds_run():
         raise ConfigError(
@@ -172,12 +182,15 @@ def _identity(plan: DataPlan) -> tuple[object, ...]:
     return plan.fingerprint, plan.windows, plan.eval_windows
 
 
-def run_facts(config: Config, plan: DataPlan, world_size: int, job_id: str | None) -> dict[str, Any]:
-    """What run.json says when a run begins."""
+def run_facts(
+    config: Config, plan: DataPlan, world_size: int, job_id: str | None, commit: str | None = None
+) -> dict[str, Any]:
+    """What run.json says when a run begins. `config` as asked for; `commit` of a hub model."""
     return {
         "config": config.to_dict(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "git_revision": git_revision(Path.cwd()),
+        "base_model_commit": commit,
         "data_fingerprint": plan.fingerprint,
         "world_size": world_size,
         "submission_id": job_id,
