@@ -231,3 +231,14 @@ def select_split_conv1d_scan(device: torch.device) -> Callable[..., torch.Tensor
         )
         return split_conv1d_scan
     return mamba_split_conv1d_scan_combined
+
+
+def select_chunk_scan(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """`ssd_scan`, or its kernel on CUDA where mamba-ssm is installed, with return_final_states set."""
+    if device.type != "cuda":
+        return ssd_scan
+    try:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    except ImportError:  # select_split_conv1d_scan has said what that costs
+        return ssd_scan
+    return mamba_chunk_scan_combined
