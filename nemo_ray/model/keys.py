@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 _EXPERT = re.compile(r"(.*\.experts)\.(up_proj|down_proj)")
+_STORED_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight")
 
 
 class Stored(NamedTuple):
@@ -46,3 +47,25 @@ def peft_expert(name: str, both: bool) -> str:
     side, factor = leaf.split("_", 1)
     nested = ".base_layer" if both and side == "up" else ""
     return f"{PEFT_PREFIX}{prefix}{nested}.{factor}.weight"
+
+
+def from_peft(key: str) -> tuple[str, str | None]:
+    """PEFT's key -> (module as PEFT nests it, "lora_A" or "lora_B"); (parameter, None) of any other tensor.
+
+    The inverse of `peft_linear` and `peft_expert`, but for PEFT's nesting; NVIDIA's own names become ours.
+    """
+    name = re.sub(r"^backbone\.", "model.", key.removeprefix(PEFT_PREFIX))
+    if factor := re.fullmatch(r"(.+)\.(lora_[AB])\.weight", name):
+        return factor.group(1), factor.group(2)
+    return name, None
+
+
+def in_memory(key: str) -> tuple[str, int | None]:
+    """NVIDIA's key -> the parameter's name in memory, and its row of a stacked one. Inverse of `stored`."""
+    for right, old_names in OLD_SPELLINGS.items():
+        key = right if key in old_names else key
+    name = re.sub(r"^backbone\.", "model.", key)
+    if expert := _STORED_EXPERT.fullmatch(name):
+        prefix, index, projection = expert.groups()
+        return f"{prefix}.{projection}", int(index)
+    return name, None
