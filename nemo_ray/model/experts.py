@@ -31,6 +31,36 @@ def dispatch(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor,
     return order, counts.cumsum(0, dtype=torch.int32)
 
 
+class _ToSlots(torch.autograd.Function):
+    """Tokens (N, H) to the rows of their sorted slots (S, H). The gradient gathers too: nothing is added by
+    atomics, and a sum has one order."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, order: torch.Tensor, back: torch.Tensor, top_k: int) -> torch.Tensor:
+        ctx.save_for_backward(back)
+        ctx.top_k = top_k
+        return x[order // top_k]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (back,) = ctx.saved_tensors
+        return grad[back].unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+
+
+class _Unsort(torch.autograd.Function):
+    """Sorted slots (S, H) in the tokens' order."""
+
+    @staticmethod
+    def forward(ctx, slots: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        return slots[back]
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (order,) = ctx.saved_tensors
+        return grad[order], None, None
+
+
 class RoutedExperts(nn.Module):
     """Replaces transformers' NemotronHExperts: same parameter names, same call, and room for LoRA factors.
 
@@ -62,15 +92,14 @@ class RoutedExperts(nn.Module):
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden (N, H), top_k_index and top_k_weights (N, K) -> (N, H)."""
-        num_tokens, top_k = top_k_index.shape
+        top_k = top_k_index.shape[1]
         order, ends = dispatch(top_k_index, self.num_experts)
-        x = hidden[order // top_k]
-        up = self._project("up", x, ends)
-        down = self._project("down", F.relu(up).square(), ends)
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
-        slots = down[back].view(num_tokens, top_k, -1)
-        return (slots * top_k_weights.to(slots.dtype).unsqueeze(-1)).sum(dim=1)
+        up = self._project("up", _ToSlots.apply(hidden, order, back, top_k), ends)
+        down = self._project("down", F.relu(up).square(), ends)
+        slots = _Unsort.apply(down, order, back).unflatten(0, (-1, top_k))
+        return torch.bmm(top_k_weights.to(slots.dtype).unsqueeze(1), slots).squeeze(1)
 
     def _project(self, side: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         out = grouped_linear(x, getattr(self, f"{side}_proj"), ends)
@@ -80,7 +109,7 @@ class RoutedExperts(nn.Module):
         padding = -lora_A.shape[1] % (ROW_BYTES // x.element_size())
         inner = grouped_linear(x, F.pad(lora_A.to(x.dtype), (0, 0, 0, padding)), ends)
         inner = inner * self.scalings[side]
-        return out + grouped_linear(inner, F.pad(lora_B.to(x.dtype), (0, padding)), ends)
+        return out.add_(grouped_linear(inner, F.pad(lora_B.to(x.dtype), (0, padding)), ends))
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, up_proj {tuple(self.up_proj.shape)}"

@@ -14,8 +14,6 @@ from typing import Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from nemo_ray.config.schema import AdapterSection
@@ -27,6 +25,7 @@ from nemo_ray.model.linear import BaseLinear
 from nemo_ray.model.lora import LoraTargets, apply_lora, lora_parameters
 from nemo_ray.model.patches import patch_model
 from nemo_ray.model.quant import QuantizedWeight
+from nemo_ray.model.sharding import local_rows
 
 QUANTIZED_AT_ONCE_BYTES = 256 * 2**20
 
@@ -120,7 +119,10 @@ class Checkpoint:
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         if index.exists():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"base_model: {index} is no index of weights: {error!r}") from None
             self.files = {key: self.folder / name for key, name in weight_map.items()}
         elif single.exists():
             self.files = dict.fromkeys(self._file(single).keys(), single)
@@ -172,15 +174,6 @@ def _base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor | Quanti
     yield from model.named_buffers()
 
 
-def _local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """This rank's part of a tensor that is whole or sharded by rows, and its first row."""
-    if not isinstance(tensor, DTensor):
-        return tensor, 0
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    assert not any(offset[1:]), "only dim 0 is ever sharded"
-    return tensor.to_local(), offset[0]
-
-
 class Rows(Protocol):
     """Where a base weight's rows come from: fills `out` (rows, ...) with those from row `first` on."""
 
@@ -207,7 +200,7 @@ def fill(
         if isinstance(weight, QuantizedWeight):
             _fill_quantized(name, weight, rows, model.compute_dtype)
             continue
-        local, first = _local_rows(weight)
+        local, first = local_rows(weight)
         if local.numel():
             rows(name, tuple(weight.shape), first, local)
     _fill_adapter(model, adapter_seed)
@@ -215,7 +208,7 @@ def fill(
 
 def _fill_quantized(name: str, weight: QuantizedWeight, rows: Rows, dtype: torch.dtype) -> None:
     """Read this rank's groups of a weight in `dtype`, some at a time, and quantize them in place."""
-    stored, first = zip(*(_local_rows(p) for p in (weight.packed, weight.codes, weight.nested)), strict=True)
+    stored, first = zip(*(local_rows(p) for p in (weight.packed, weight.codes, weight.nested)), strict=True)
     num_local, first_group = stored[0].shape[0], first[0]
     rows_per_group = weight.shape[0] // weight.num_groups
     step = max(1, QUANTIZED_AT_ONCE_BYTES // (weight.group_size * dtype.itemsize))
@@ -263,7 +256,7 @@ def _check_keys(model: nn.Module, checkpoint: Checkpoint, num_experts: int) -> N
 def _fill_adapter(model: nn.Module, seed: int) -> None:
     """A uniform in +-sqrt(3 / inputs) / sqrt(3), as PEFT draws it (kaiming, a = sqrt 5); B zero."""
     for name, parameter in lora_parameters(model).items():
-        local, first = _local_rows(parameter)
+        local, first = local_rows(parameter)
         if name.endswith("lora_B"):
             local.zero_()
         else:

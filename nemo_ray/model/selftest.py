@@ -16,6 +16,7 @@ Every rank calls it together. The model is left as it was.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -122,17 +123,31 @@ def _check_modes_agree(model: nn.Module, batch: PackedBatch, tolerance: float) -
 
 
 def _check_gradients(model: nn.Module, batch: PackedBatch) -> None:
-    model.train()
-    model.packed_logits(batch).logsumexp(-1).sum().backward()
-    for name, parameter in lora_parameters(model).items():
-        gradient = parameter.grad
-        if gradient is None:
+    """Each gradient is looked at and dropped as it comes: the set of them may not fit beside the base."""
+    norms: dict[str, torch.Tensor] = {}
+
+    def keep_norm(name: str, parameter: nn.Parameter) -> None:
+        norm = parameter.grad.norm()
+        norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        parameter.grad = None
+
+    parameters = lora_parameters(model)
+    handles = [
+        parameter.register_post_accumulate_grad_hook(partial(keep_norm, name))
+        for name, parameter in parameters.items()
+    ]
+    try:
+        model.train()
+        model.packed_logits(batch).logsumexp(-1).sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.zero_grad(set_to_none=True)
+    for name in parameters:
+        if name not in norms:
             raise PatchError(f"self-test: {name} gets no gradient: the forward pass does not go through it")
-        norm = gradient.norm()
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not 0 < norm < float("inf"):
-            raise PatchError(f"self-test: the gradient of {name} has norm {norm}")
-    model.zero_grad(set_to_none=True)
+        if not 0 < float(norms[name]) < float("inf"):
+            raise PatchError(f"self-test: the gradient of {name} has norm {float(norms[name])}")
 
 
 def _check_expert_count(model: nn.Module, targets: LoraTargets) -> None:
@@ -168,7 +183,7 @@ def _perturbed_lora(model: nn.Module, device: torch.device) -> Iterator[None]:
         for name, parameter in lora_parameters(model).items():
             if name.endswith("lora_B"):
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                kept.append((local, local.clone()))
+                kept.append((local, local.to("cpu", copy=True)))  # a GPU may have no room for a second set
                 local.add_(torch.empty_like(local).normal_(0, 0.02, generator=generator))
     try:
         yield

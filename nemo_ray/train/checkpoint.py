@@ -4,6 +4,7 @@ Written with torch.distributed.checkpoint, so that it can be read on another num
 base is not in it. A folder is complete if and only if it holds state.json; it gets its name last.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,8 +19,11 @@ from torch import nn
 from nemo_ray.errors import CheckpointError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import publish_folder, publish_json, read_json, remove_tree
+from nemo_ray.train.optim import AdamW, AdamW8bit
 
 FULL_DISK_BYTES = 16 * 2**20
+Optimizer = AdamW | AdamW8bit
+_OPTIMIZER = "optimizer/"
 
 
 @dataclass
@@ -32,29 +36,16 @@ class TrainState:
     data_hash: str = ""
 
 
-def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Names to tensors: parameters as named, AdamW's states behind "optimizer/NAME/STATE"."""
+def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
+    """Names to tensors: parameters as named, the optimizer's states behind "optimizer/"."""
     state: dict[str, Any] = {name: parameter.detach() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state[parameter].items():
-            state[f"optimizer/{name}/{key}"] = value
-    return state
-
-
-def _start_states(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Give AdamW the states that its first step would make, as places to load into."""
-    for parameter in parameters.values():
-        optimizer.state[parameter] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    return state | {f"{_OPTIMIZER}{name}": value for name, value in optimizer.named_states().items()}
 
 
 def save_checkpoint(
     run: RunDir,
     parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     state: TrainState,
     keep: int | None,
 ) -> None:
@@ -92,9 +83,7 @@ def save_checkpoint(
     dist.barrier()
 
 
-def load_checkpoint(
-    folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> TrainState:
+def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> TrainState:
     """Read a complete checkpoint into parameters and optimizer, whatever the sharding; every rank calls it.
 
     Raises: CheckpointError where it is not complete, or of another adapter.
@@ -105,7 +94,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"resume_from_checkpoint: {folder} is no complete checkpoint (no state.json)"
         ) from None
-    _start_states(parameters, optimizer)
+    optimizer.start_states()
     tensors = _tensors(parameters, optimizer)
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     _check_same(folder, tensors, saved)
@@ -115,13 +104,18 @@ def load_checkpoint(
     dcp.load(tensors, checkpoint_id=folder)
     if rng in saved:
         torch.set_rng_state(tensors[rng])
-    for name, parameter in parameters.items():  # scalars are replaced in the dict, not filled in place
-        for key in optimizer.state[parameter]:
-            optimizer.state[parameter][key] = tensors[f"optimizer/{name}/{key}"]
+    optimizer.put_states({name.removeprefix(_OPTIMIZER): tensors[name] for name in tensors})
     return state
 
 
 def _check_same(folder: Path, wanted: Mapping[str, torch.Tensor], saved: Mapping[str, Any]) -> None:
+    by_worker = {re.match(rf"{_OPTIMIZER}worker\d+of(\d+)/", name) for name in saved} - {None}
+    for count in {match[1] for match in by_worker}:
+        if int(count) != dist.get_world_size():
+            raise CheckpointError(
+                f"resume_from_checkpoint: {folder} holds 8-bit optimizer states of {count} workers, and "
+                f"they fit no other number (here {dist.get_world_size()}); set ray.num_workers: {count}"
+            )
     for name, tensor in wanted.items():
         found = getattr(saved.get(name), "size", None)
         if found is None or tuple(found) != tuple(tensor.shape):

@@ -24,7 +24,7 @@ from nemo_ray.run_dir import RunDir
 from nemo_ray.train.checkpoint import TrainState, save_checkpoint
 from nemo_ray.train.loss import IGNORED, next_token_targets
 from nemo_ray.train.metrics import extend_hash, passed_multiple, peak_memory_bytes
-from nemo_ray.train.optim import clip_gradients, learning_rate
+from nemo_ray.train.optim import AdamW, AdamW8bit, clip_gradients, learning_rate
 from nemo_ray.train.parallelize import Parallel
 
 Report = Callable[[Mapping[str, Any]], None]
@@ -53,7 +53,7 @@ class Trainee:
 
     model: nn.Module
     parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW | AdamW8bit
     parallel: Parallel
     device: torch.device
 

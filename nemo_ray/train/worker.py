@@ -3,6 +3,8 @@
 It owns the order in which the parts are made. Ray is used for the rank, the device and `report`, no more.
 """
 
+import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,11 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from nemo_ray import hub
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.model.adapter import save_adapter, save_model
-from nemo_ray.model.generate import complete_greedily
+from nemo_ray.model.decode import generate_tokens
 from nemo_ray.model.load import Precision, build, count_parameters, fill, read_model_config
 from nemo_ray.model.lora import LoraTargets
 from nemo_ray.model.selftest import self_test
@@ -55,16 +58,21 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
     config, run = spec.config, RunDir(spec.output_dir)
     rank = dist.get_rank()
     torch.manual_seed(config.seed + rank)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    base = fetch_base(config, run, rank)
     if rank == 0:
         run.write_progress({"phase": "loading"})
     precision = base_precision(config, device)
-    trainee, targets = make_trainee(config, device, precision)
+    if device.type == "cuda":
+        configure_cuda(precision.compute, config.tf32)
+    began_s = time.monotonic()
+    trainee, targets = make_trainee(config, base, device, precision)
+    loaded_s = time.monotonic()
     if rank == 0:
-        run.update_run({"model": count_parameters(trainee.model)})
         run.write_progress({"phase": "self-test"})
     self_test(trainee.model, targets, device, precision.compute)
+    if rank == 0:
+        start = {"load_s": loaded_s - began_s, "self_test_s": time.monotonic() - loaded_s}
+        run.update_run({"model": count_parameters(trainee.model), "start": start})
 
     state = TrainState()
     folder = checkpoint_to_resume(config.resume_from_checkpoint, run)
@@ -74,15 +82,24 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
         run.truncate_metrics(state.step)
     trainer = Trainer(trainee, config.train, spec.plan, run, report, state)
     if state.step == 0:
-        complete_prompts(trainer, config, "before")
+        complete_prompts(trainer, config, base, "before")
     finished = trainer.run()
     if finished:
-        complete_prompts(trainer, config, "after")
+        complete_prompts(trainer, config, base, "after")
         trainer.write_progress("exporting", now=True)
-        export(trainee, config, targets, run, write=rank == 0)
+        export(trainee, config, base, targets, run, write=rank == 0)
     trainer.write_progress("done", now=True)
     report({"step": state.step, "eval_loss": trainer.eval_loss, "stopped": not finished})
     return {"step": state.step, "stopped": not finished}
+
+
+def configure_cuda(compute: torch.dtype, tf32: bool) -> None:
+    """How float32 products are taken; to be called before the first Triton kernel is compiled."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    # Triton's dots take float32 inputs as TF32 unless they are told not to. In a bf16 model the scan's states
+    # are such inputs, and TF32 is finer than what they are made of.
+    if compute == torch.float32 and not tf32:
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 
 def base_precision(config: Config, device: torch.device) -> Precision:
@@ -98,19 +115,29 @@ def base_precision(config: Config, device: torch.device) -> Precision:
     )
 
 
+def fetch_base(config: Config, run: RunDir, rank: int) -> str:
+    """The base model's folder on this node, downloaded where it is named by a hub id."""
+
+    def say(text: str) -> None:
+        if rank == 0:
+            run.write_progress({"phase": text})
+
+    return str(hub.local_folder(hub.reference(config), weights=not config.reinit_weights, say=say))
+
+
 def make_trainee(
-    config: Config, device: torch.device, precision: Precision
+    config: Config, base: str, device: torch.device, precision: Precision
 ) -> tuple[Trainee, LoraTargets | None]:
     """Build on meta, lay out over the workers, fill; then the optimizer over what trains."""
-    model_config = read_model_config(config.base_model)
+    model_config = read_model_config(base)
     model, targets = build(model_config, config.adapter_config, precision, device)
     bind_loss(model)
     layout = Layout.choose(dist.get_world_size(), config.dp_shard_size, config.dp_replicate_size)
     parallel = parallelize(model, layout, device, config.gradient_checkpointing)
-    source = None if config.reinit_weights else config.base_model
+    source = None if config.reinit_weights else base
     fill(model, source, seed=config.seed, device=device, adapter_seed=config.seed)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(parameters.values(), config.train)
+    optimizer = make_optimizer(parameters, config.train, dist.get_rank(), dist.get_world_size())
     return Trainee(model.train(), parameters, optimizer, parallel, device), targets
 
 
@@ -122,7 +149,7 @@ def checkpoint_to_resume(wanted: str | None, run: RunDir) -> Path | None:
     return Path(wanted) if wanted and wanted != "auto" else None
 
 
-def complete_prompts(trainer: Trainer, config: Config, stage: str) -> None:
+def complete_prompts(trainer: Trainer, config: Config, base: str, stage: str) -> None:
     """Complete the config's prompts greedily into completions.jsonl; all workers compute, rank 0 writes."""
     if not config.completion_prompts or any(
         row["stage"] == stage and row["step"] == trainer.state.step
@@ -132,15 +159,13 @@ def complete_prompts(trainer: Trainer, config: Config, stage: str) -> None:
     from transformers import AutoTokenizer
 
     trainer.write_progress("completing", now=True)
-    tokenizer = AutoTokenizer.from_pretrained(config.base_model)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     model, eos = trainer.trainee.model.eval(), frozenset({tokenizer.eos_token_id})
     for prompt in config.completion_prompts:
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
         )
-        new_ids = complete_greedily(
-            model.packed_logits, ids, config.completion_max_new_tokens, eos, trainer.trainee.device
-        )
+        new_ids = list(generate_tokens(model, ids, config.completion_max_new_tokens, eos))
         if trainer.rank == 0:
             row = {"prompt": prompt, "completion": tokenizer.decode(new_ids), "stage": stage}
             trainer.run_dir.append_completion({**row, "step": trainer.state.step})
@@ -150,6 +175,7 @@ def complete_prompts(trainer: Trainer, config: Config, stage: str) -> None:
 def export(
     trainee: Trainee,
     config: Config,
+    base: str,
     targets: LoraTargets | None,
     run: RunDir,
     write: bool,
@@ -161,7 +187,7 @@ def export(
         remove_tree(partial)
     if targets is None:
         model = trainee.model
-        save_model(model, model.config, config.base_model, partial, torch.bfloat16, write)
+        save_model(model, model.config, base, partial, torch.bfloat16, write)
     else:
         save_adapter(trainee.model, config.adapter_config, targets, config.base_model, partial, write)
     if write:

@@ -31,6 +31,9 @@ WRONG: dict[str, list[Any]] = {
     "a map from text to text": ["x", ["a"], {"a": 1}, {"a": ["b"]}],
     "a map from resource name to a number, 0 or more": ["x", {"GPU": -1}, {"GPU": "one"}, {"GPU": True}],
     "a section of keys": ["x", 3, ["a"]],
+    "a map from text to a whole number above 0": ["x", ["a"], {"a": 0}, {"a": 1.5}, {"a": "b"}, {"a": True}],
+    "a map from text to a number above 0": ["x", ["a"], {"a": 0}, {"a": "b"}, {"a": True}],
+    "true, gaussian or orthogonal": [3, "something else", "eva", False, ["a"]],
     "lora, qlora or none": ["dora", 3, True],
     "the name of an AdamW": [3, ["adamw_torch"]],
 }
@@ -119,6 +122,7 @@ RULES: list[tuple[Keys, list[str]]] = [
         {"lora_dropout": 0.1, "lora_target_parameters": ["up_proj"]},
         ["lora_dropout: 0.1", "lora_dropout: 0"],
     ),
+    ({"lora_modules_to_save": ["gate"]}, ["lora_modules_to_save: gate", "lm_head or embeddings"]),
     ({"evals_per_epoch": 1, "eval_steps": 2}, ["evals_per_epoch: 1", "eval_steps: 2", "keep one"]),
     ({"saves_per_epoch": 1, "save_steps": 2}, ["saves_per_epoch: 1", "save_steps: 2", "keep one"]),
     ({"warmup_steps": 1, "warmup_ratio": 0.1}, ["warmup_steps: 1", "warmup_ratio: 0.1", "keep one"]),
@@ -171,12 +175,10 @@ def test_four_bits_without_adapter(world: Keys) -> None:
 
 LINEAR: Keys = {"adapter": "lora", "lora_target_linear": True}
 UNSUPPORTED: list[tuple[Keys, str]] = [
-    ({"bf16": True}, "bf16: true for a full fine-tune"),
     (
-        {"adapter": "lora", "lora_target_linear": True, "lora_modules_to_save": ["lm_head"]},
-        "lora_modules_to_save",
+        {"adapter": "lora", "lora_target_linear": True, "lora_model_dir": "s3://b/p"},
+        "lora_model_dir: s3://b/p",
     ),
-    ({"adapter": "lora", "lora_target_linear": True, "lora_model_dir": "x"}, "lora_model_dir"),
     ({"output_dir": "s3://bucket/run"}, "output_dir: s3://bucket/run"),
     ({"dataset_prepared_path": "gs://b/p"}, "dataset_prepared_path: gs://b/p"),
     ({"ray": {"storage_path": "s3://b/p"}}, "ray.storage_path: s3://b/p"),
@@ -202,7 +204,6 @@ def test_paths(world: Keys) -> None:
     models = {
         "/no/such/folder": "does not exist",
         "./nothing": "does not exist",
-        "nvidia/Nemotron-3-Nano": "`hf download nvidia/Nemotron-3-Nano --local-dir FOLDER`",
         "file.txt": "is a file",
         "empty": "no config.json",
         "llama": "only nemotron_h",
@@ -212,6 +213,7 @@ def test_paths(world: Keys) -> None:
         (line,) = errors_of(world | {"base_model": path})
         assert line.startswith("base_model: ") and path in line and part in line
         assert errors_of(world | {"base_model": path}, check_paths=False) == []
+    assert errors_of(world | {"base_model": "nvidia/Nemotron-3-Nano"}) == []
 
 
 def test_a_folder_named_like_a_hub_model_is_used(world: Keys) -> None:
@@ -252,3 +254,41 @@ def test_other_paths(world: Keys) -> None:
 def test_messages_are_short_single_lines(world: Keys) -> None:
     (line,) = errors_of(world | {"lora_r": "x\n" * 5000})
     assert len(line) < 200
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("pissa", "takes the first product of the factors off the base's weights"),
+        ("pissa_niter_16", "off the base's weights"),
+        ("olora", "off the base's weights"),
+        ("loftq", "off the base's weights"),
+        ("corda", "a pass over data"),
+        ("eva", "a pass over data"),
+        ("mica", "freezes B"),
+        (False, "debugging"),
+    ],
+)
+def test_starts_of_a_lora_that_are_not_here_are_refused_with_the_reason(
+    world: Keys, value: Any, reason: str
+) -> None:
+    (line,) = errors_of(lora(world) | {"peft_init_lora_weights": value})
+    assert line.startswith(f"peft_init_lora_weights: {str(value).lower()} is refused: it ")
+    assert reason in line and line.endswith("use true, gaussian or orthogonal")
+
+
+def test_an_adapter_to_go_on_from_must_be_a_folder(world: Keys) -> None:
+    (line,) = errors_of(lora(world) | {"lora_model_dir": "nowhere"})
+    assert line.startswith("lora_model_dir: nowhere is no folder; give")
+
+
+def test_lora_keys_without_an_adapter_are_named_whatever_they_begin_with(world: Keys) -> None:
+    (line,) = errors_of(world | {"rank_pattern": {"q_proj": 4}, "peft_use_rslora": True})
+    assert line.startswith("adapter: missing, but rank_pattern, peft_use_rslora is given")
+
+
+def test_experts_only_is_said(world: Keys) -> None:
+    experts = {"adapter": "lora", "lora_target_parameters": ["up_proj"]}
+    (line,) = load(world | experts).notices
+    assert line.startswith("lora_target_parameters: ") and "the routed experts only" in line
+    assert load(world | experts | {"lora_target_linear": True}).notices == ()
