@@ -1,7 +1,7 @@
 """What must fit on one GPU: peak memory and speed of full-size models through the real command.
 
-Random weights of the published shapes (`reinit_weights`), the demo's chats packed. Prints a table, writes JSON
-and exits with 1 where a case needs more memory than it may.
+Random weights of the published shapes (`reinit_weights`), the demo's chats packed. Prints a table, writes
+JSON and exits with 1 where a case needs more memory than it may.
 
     python benchmarks/sizes.py --out OUT.json [--cases nano-qlora-4k,...] [--steps 8] [KEY=VALUE ...]
 """
@@ -115,7 +115,7 @@ def main() -> int:
             print(f"{name:<16}{case.sequence_len:>8} tokens  failed: {result['failed']}", flush=True)
         else:
             print(
-                f"{name:<16}{case.sequence_len:>8} tokens  {result['peak_gib']:6.2f} GiB of {case.limit_gib:g}"
+                f"{name:<16}{case.sequence_len:>8} tokens  {result['peak_gib']:6.2f} of {case.limit_gib:g}"
                 f"  {result['tokens_per_s']:8,.0f} tokens/s  start {result['start']}",
                 flush=True,
             )

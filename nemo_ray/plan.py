@@ -3,11 +3,19 @@
 Owns arithmetic only; imports neither torch nor transformers.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from nemo_ray.config.schema import Config
-from nemo_ray.targets import block_types, expert_paths, find_targets, linear_paths
+from nemo_ray.targets import (
+    block_types,
+    expert_paths,
+    find_targets,
+    linear_paths,
+    saved_modules,
+    strength_of,
+)
 
 FLOAT32_BYTES = 4
 BF16_BYTES = 2
@@ -68,15 +76,46 @@ def count_base(model: Mapping[str, Any]) -> int:
 
 
 def count_lora(config: Config, model: Mapping[str, Any]) -> int:
-    """Number of LoRA parameters. Raises ConfigError as `find_targets` does."""
-    modules, parameters = find_targets(config.adapter_config, linear_paths(model), expert_paths(model))
-    kinds, rank, total = block_types(model), config.lora_r, 0
+    """Number of parameters that an adapter trains: LoRA factors, and modules that train whole.
+
+    Raises: ConfigError as `find_targets` does.
+    """
+    adapter, kinds = config.adapter_config, block_types(model)
+    modules, parameters = find_targets(adapter, linear_paths(model), expert_paths(model))
+    total = len(saved_modules(adapter)) * model["vocab_size"] * model["hidden_size"]
     for path in modules:
         kind, name = kinds[int(path.split(".")[2])], path.rpartition(".")[2]
-        total += rank * sum(linear_shapes(model, kind)[name])
+        total += strength_of(adapter, path).rank * sum(linear_shapes(model, kind)[name])
     for path in parameters:
-        total += model["n_routed_experts"] * rank * sum(expert_shapes(model)[path.rpartition(".")[2]])
+        rank, name = strength_of(adapter, path).rank, path.rpartition(".")[2]
+        total += model["n_routed_experts"] * rank * sum(expert_shapes(model)[name])
     return int(total)
+
+
+def quantized_bits(num_weights: int, groups: int) -> float:
+    """Bits a weight in NF4 with double quantization: the packed values, a byte for each 64, padded to 256 a
+    group, and a float32 for each 256 of those and for the group's offset."""
+    blocks = -(-num_weights // groups // 64)
+    scale_blocks = -(-blocks // 256)
+    return 8 * (32 * blocks + 256 * scale_blocks + 4 * (scale_blocks + 1)) / (num_weights / groups)
+
+
+def base_bytes(config: Config, model: Mapping[str, Any], compute_bytes: int) -> float:
+    """Bytes of the base's weights: what is in 4 bits, and the rest as it computes."""
+    kinds, four_bit, num_quantized = block_types(model), 0.0, 0
+    shapes = []
+    if config.load_in_4bit:
+        shapes += [
+            (shape, math.gcd(shape[0], 64), 1) for k in kinds for shape in linear_shapes(model, k).values()
+        ]
+    if config.quantize_moe_experts:
+        experts = model["n_routed_experts"]
+        for _ in range(kinds.count("moe")):
+            shapes += [(shape, 1, experts) for shape in expert_shapes(model).values()]
+    for (rows, columns), groups, copies in shapes:
+        num_quantized += copies * rows * columns
+        four_bit += copies * rows * columns * quantized_bits(rows * columns, groups) / 8
+    return four_bit + (count_base(model) - num_quantized) * compute_bytes
 
 
 def estimate_memory(
@@ -89,8 +128,10 @@ def estimate_memory(
     """
     shard = config.dp_shard_size or world_size // (config.dp_replicate_size or 1)
     base, lora = count_base(model), count_lora(config, model) if config.adapter else 0
-    bf16 = bool(config.adapter) and config.bf16 is not False and (use_gpu or config.bf16 is True)
+    bf16 = config.bf16 is not False and (use_gpu or config.bf16 is True)
     compute_bytes = BF16_BYTES if bf16 else FLOAT32_BYTES
+    weights = base_bytes(config, model, compute_bytes if config.adapter else FLOAT32_BYTES)
+    state_bytes = 2 if config.optimizer == "adamw_8bit" else 2 * FLOAT32_BYTES
     trained = lora if config.adapter else base
     tokens = config.micro_batch_size * config.sequence_len
     hidden = model["hidden_size"]
@@ -102,11 +143,11 @@ def estimate_memory(
             width += model["num_experts_per_tok"] * 3 * sum(out for out, _ in expert_shapes(model).values())
         widest = max(widest, width)
         inside += hidden if config.gradient_checkpointing else width
-    logits = 3 * min(tokens, 1024) * model["vocab_size"] * FLOAT32_BYTES
+    logits = 3 * min(tokens, 512) * model["vocab_size"] * FLOAT32_BYTES
     return {
-        "weights": base * compute_bytes // shard,
+        "weights": int(weights // shard),
         "adapters": lora * FLOAT32_BYTES // shard,
         "gradients": trained * FLOAT32_BYTES // shard,
-        "optimizer": 2 * trained * FLOAT32_BYTES // shard,
+        "optimizer": trained * state_bytes // shard,
         "activations": tokens * (inside + widest) * compute_bytes + logits,
     }

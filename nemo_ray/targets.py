@@ -1,19 +1,21 @@
-"""Which layers a Nemotron-H has, from config.json alone, and which of them LoRA names. Pure; no torch.
+"""Which layers a Nemotron-H has, from config.json alone, and what an adapter names of them. Pure; no torch.
 
-The driver checks the names before anything is started or replaced; the model side applies the same rule to
-the modules themselves.
+The driver checks the names before anything is started or replaced; the model side applies the same rules to
+the modules themselves. The rules are PEFT's, so that a written adapter_config.json means the same there.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.errors import ConfigError
 from nemo_ray.storage import read_json
 
+Value = TypeVar("Value", int, float)
 Shape = Mapping[str, Any]
 """A model's config.json."""
 
@@ -30,6 +32,8 @@ LINEAR_NAMES = (
     "fc1_latent_proj",
     "fc2_latent_proj",
 )
+# What may be trained whole beside a LoRA: name in lora_modules_to_save -> path of the module.
+SAVED_MODULES = {"embeddings": "model.embeddings", "lm_head": "lm_head"}
 _LETTERS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 _SIZES = {
     "linear_attention": ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"),
@@ -99,15 +103,12 @@ def find_targets(
 ) -> tuple[list[str], list[str]]:
     """(linear layers, expert parameters) that `adapter` names among those given by path, sorted.
 
-    Raises: ConfigError for a target that matches nothing or that cannot carry LoRA; it lists near names.
+    Raises: ConfigError for a target or a pattern that matches nothing, or a target that cannot carry LoRA; it
+        lists near names.
     """
     linears = list(linears)
     wanted = adapter.lora_target_modules
-    if any(pattern.rpartition(".")[2] == "conv1d" for pattern in wanted):
-        raise ConfigError(
-            "lora_target_modules: conv1d cannot carry LoRA: the Mamba-2 kernels read its weight directly; "
-            "target in_proj and out_proj instead"
-        )
+    _refuse_untargetable(wanted)
     modules = _matches("lora_target_modules", wanted, linears)
     if adapter.lora_target_linear:
         modules |= {path for path in linears if path.rpartition(".")[2] in LINEAR_NAMES}
@@ -117,7 +118,26 @@ def find_targets(
             "adapter: lora needs a target: set lora_target_modules, lora_target_linear or "
             "lora_target_parameters"
         )
+    for key, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        _check_patterns(key, patterns, modules | parameters)
+    _check_ranks(adapter, sorted(modules | parameters))
     return sorted(modules), sorted(parameters)
+
+
+def _refuse_untargetable(patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        name = pattern.rpartition(".")[2]
+        if name == "conv1d":
+            raise ConfigError(
+                "lora_target_modules: conv1d cannot carry LoRA: the Mamba-2 kernels read its weight "
+                "directly; target in_proj and out_proj instead"
+            )
+        if name in SAVED_MODULES or name == "embed_tokens":
+            saved = name if name in SAVED_MODULES else "embeddings"
+            raise ConfigError(
+                f"lora_target_modules: {pattern} carries no LoRA here; train it whole with "
+                f"`lora_modules_to_save: [{saved}]`"
+            )
 
 
 def _matches(key: str, patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
@@ -127,14 +147,19 @@ def _matches(key: str, patterns: Iterable[str], paths: Iterable[str]) -> set[str
     for pattern in patterns:
         hits = {path for path in paths if path == pattern or path.endswith("." + pattern)}
         if not hits and re.search(r"[\\*+?\[(|^$]", pattern):
-            try:
-                hits = {path for path in paths if re.fullmatch(pattern, path)}
-            except re.error as error:
-                raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
+            expression = _compiled(key, pattern, pattern)
+            hits = {path for path in paths if expression.fullmatch(path)}
         if not hits:
             raise ConfigError(f"{key}: {pattern!r} matches nothing in this model; {_near(pattern, paths)}")
         found |= hits
     return found
+
+
+def _compiled(key: str, pattern: str, expression: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise ConfigError(f"{key}: {pattern!r} is not a regular expression: {error}") from None
 
 
 def _near(pattern: str, paths: list[str]) -> str:
@@ -144,3 +169,71 @@ def _near(pattern: str, paths: list[str]) -> str:
     if near:
         return f"did you mean {', '.join(dict.fromkeys(near))}"
     return f"there are {', '.join(kinds)}" if kinds else "it has no routed experts"
+
+
+class Strength(NamedTuple):
+    """How much a target's factors can do: their rank, and what their product is multiplied by."""
+
+    rank: int
+    scaling: float
+
+
+def strength_of(adapter: AdapterSection, path: str) -> Strength:
+    """Of the target at `path`, a linear layer or an expert parameter.
+
+    The scaling is alpha / rank, or alpha / sqrt(rank) with rsLoRA.
+    """
+    rank = _by_pattern("rank_pattern", adapter.rank_pattern, path, adapter.lora_r)
+    alpha = alpha_of(adapter, path)
+    return Strength(rank, alpha / (math.sqrt(rank) if adapter.peft_use_rslora else rank))
+
+
+def alpha_of(adapter: AdapterSection, path: str) -> float:
+    """lora_alpha of the target at `path`."""
+    return _by_pattern("alpha_pattern", adapter.alpha_pattern, path, adapter.lora_alpha)
+
+
+def _by_pattern(key: str, patterns: Mapping[str, Value], path: str, default: Value) -> Value:
+    """PEFT's rule: the first pattern that matches the path's end, from its start or after a dot."""
+    for pattern, value in patterns.items():
+        if _ending(key, pattern).match(path):
+            return value
+    return default
+
+
+def _ending(key: str, pattern: str) -> re.Pattern[str]:
+    return _compiled(key, pattern, rf"(.*\.)?({pattern})$")
+
+
+def _check_patterns(key: str, patterns: Mapping[str, float], targets: Iterable[str]) -> None:
+    targets = sorted(targets)
+    for pattern in patterns:
+        expression = _ending(key, pattern)
+        if not any(expression.match(path) for path in targets):
+            raise ConfigError(f"{key}: {pattern!r} matches no target; {_near(pattern, targets)}")
+
+
+def _check_ranks(adapter: AdapterSection, targets: Iterable[str]) -> None:
+    if adapter.peft_init_lora_weights != "orthogonal" or adapter.lora_model_dir:
+        return
+    for path in targets:
+        rank = strength_of(adapter, path).rank
+        if rank % 2:
+            raise ConfigError(
+                f"peft_init_lora_weights: orthogonal needs even ranks, and {path} has rank {rank}; change "
+                "lora_r or rank_pattern"
+            )
+
+
+def saved_modules(adapter: AdapterSection) -> dict[str, str]:
+    """Name -> path of the modules that are trained whole beside the LoRA.
+
+    Raises: ConfigError for one that cannot be.
+    """
+    for name in adapter.lora_modules_to_save:
+        if name not in SAVED_MODULES:
+            raise ConfigError(
+                f"lora_modules_to_save: {name!r} cannot be trained whole beside a LoRA; there are "
+                f"{', '.join(SAVED_MODULES)}"
+            )
+    return {name: SAVED_MODULES[name] for name in sorted(adapter.lora_modules_to_save)}

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from nemo_ray.config.schema import Config
+from nemo_ray.config.schema import AdapterSection, Config
 from nemo_ray.model.load import Precision, build, count_parameters
-from nemo_ray.plan import count_base, count_lora, estimate_memory
+from nemo_ray.plan import base_bytes, count_base, count_lora, estimate_memory
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
 
 ADAPTERS = [
@@ -33,6 +34,17 @@ def test_the_pattern_counts_as_the_list_does():
     assert count_base(shape) == 2_619_080
     del shape["layers_block_type"]
     assert count_base(shape) == 2_619_080
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_the_bytes_of_a_4bit_base_are_those_of_the_model(experts):
+    keys = {"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": experts}
+    config = Config(base_model="x", datasets=[{"path": "y"}], lora_target_modules=["q_proj"], **keys)
+    shape = tiny_config(latent=32)
+    model, _ = build(shape, AdapterSection(), Precision(torch.bfloat16, torch.bfloat16, True, experts), CPU)
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    kept_float32 = 2 * sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
+    assert base_bytes(config, shape.to_dict(), 2) == pytest.approx(held - kept_float32)
 
 
 def test_memory_follows_sharding_precision_and_recomputation():

@@ -38,6 +38,8 @@ RENAMED: dict[str, str] = {
     "bfloat16": "bf16",
     "chat_template_jinja": "chat_template",
     "evaluation_strategy": "eval_strategy",
+    "lora_alpha_pattern": "alpha_pattern",
+    "lora_rank_pattern": "rank_pattern",
     "max_packed_sequence_len": "sequence_len",
     "ray_num_workers": "ray.num_workers",
     "resources_per_worker": "ray.resources_per_worker",
@@ -48,19 +50,18 @@ RENAMED_IN_DATASETS: dict[str, str] = {
     "message_field_role": "message_property_mappings.role",
 }
 
-# What `optimizer` may say; all of it runs as AdamW with float32 states.
-ADAMW_NAMES: tuple[str, ...] = (
-    *("adamw_torch", "adamw_torch_fused", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_hf", "adamw_8bit"),
-    *(
-        "adamw_bnb_8bit",
-        "adamw_apex_fused",
-        "adamw_anyprecision",
-        "ao_adamw_4bit",
-        "ao_adamw_8bit",
-        "ao_adamw_fp8",
+# What `optimizer` may say, by what runs: AdamW with float32 states, or with states in 8 bits.
+ADAMW_NAMES: dict[str, tuple[str, ...]] = {
+    "adamw_torch": (
+        *("adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_anyprecision"),
+        *("paged_adamw", "paged_adamw_32bit", "flash_adamw", "optimi_adamw"),
     ),
-    *("paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit", "flash_adamw", "optimi_adamw"),
-)
+    "adamw_8bit": (
+        *("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit", "adamw_torch_4bit", "ao_adamw_8bit"),
+        *("ao_adamw_4bit", "ao_adamw_fp8", "paged_adamw_8bit"),
+    ),
+}
+ADAMW_EXACTLY = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit")
 
 KNOWN_PLUGINS: dict[str, str] = {
     "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin": "the loss is already computed in chunks, "

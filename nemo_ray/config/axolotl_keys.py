@@ -68,13 +68,13 @@ FOREIGN: tuple[Foreign, ...] = (
         "model, config and tokenizer are read from one folder; put the files into the folder of base_model",
     ),
     refuse(
-        "revision_of_model hub_revision revision",
-        "hub models are not downloaded in this version; download that revision",
+        "hub_revision revision",
+        "the revision of the base model is named by revision_of_model; remove the key",
     ),
     # Precision and memory.
     refuse(
         "load_in_8bit gptq bnb_config_kwargs model_quantization_config model_quantization_config_kwargs "
-        "loftq_config peft gptq_groupsize gptq_model_v1 gptq_disable_exllama",
+        "gptq_groupsize gptq_model_v1 gptq_disable_exllama",
         "this way of quantizing is not supported; remove the key",
     ),
     refuse("fp16 float16", "float16 overflows in this model and is not supported; use bf16: auto"),
@@ -179,7 +179,7 @@ FOREIGN: tuple[Foreign, ...] = (
     ),
     # Adapters.
     refuse(
-        "peft_use_dora lora_fan_in_fan_out lora_rank_pattern lora_alpha_pattern peft_layers_to_transform "
+        "peft_use_dora lora_fan_in_fan_out peft_layers_to_transform "
         "peft_layers_pattern peft_layer_replication loraplus_lr_ratio loraplus_lr_embedding relora "
         "relora_steps relora_prune_ratio relora_prune_method relora_cpu_offload relora_warmup_steps "
         "lisa_n_layers lisa_step_interval lisa_layers_attribute unfrozen_parameters spectrum_top_fraction "
@@ -187,9 +187,9 @@ FOREIGN: tuple[Foreign, ...] = (
         "this way of choosing or scaling what is trained is not supported; remove the key",
     ),
     refuse(
-        "peft_init_lora_weights",
-        "only the usual start (A random, B zero) is supported; remove the key",
-        (True,),
+        "peft loftq_config",
+        "LoftQ takes the first product of the factors off the base, so that the adapter fits no other base "
+        "than that one; remove the key (peft_init_lora_weights says how factors start)",
     ),
     notice(
         "peft_autocast_adapter_dtype",

@@ -9,13 +9,14 @@ import os
 import re
 from collections.abc import Iterator
 
-from nemo_ray.config.schema import Config, DatasetSpec
+from nemo_ray.config.schema import AdapterSection, Config, DatasetSpec
 from nemo_ray.config.translate import show
 
 _SPLIT = re.compile(r"[A-Za-z_][\w.-]*(\[(-?\d+%?)?:(-?\d+%?)?\])?")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 _TOKENS = ("pad_token", "eos_token", "bos_token", "unk_token")
+_SAVED_MODULES = ("lm_head", "embeddings")
 _TARGET_KEYS = ("lora_target_modules", "lora_target_linear", "lora_target_parameters")
 
 
@@ -33,11 +34,11 @@ def rule_errors(config: Config, adapter_named: bool) -> list[str]:
 
 
 def _lora_keys_given(config: Config) -> list[str]:
-    return [name for name in type(config).model_fields if name.startswith("lora_") and _given(config, name)]
+    return [name for name in AdapterSection.model_fields if name != "adapter" and _given(config, name)]
 
 
 def _given(config: Config, name: str) -> bool:
-    return name in config.model_fields_set and getattr(config, name) not in ((), False, None)
+    return name in config.model_fields_set and getattr(config, name) not in ((), {}, False, None)
 
 
 def _adapter_rules(config: Config, adapter_named: bool) -> Iterator[str]:
@@ -69,6 +70,13 @@ def _adapter_rules(config: Config, adapter_named: bool) -> Iterator[str]:
             f"lora_dropout: {config.lora_dropout} cannot go with lora_target_parameters, since a "
             "parameter's LoRA is added to the weight, where there is no input to drop; set lora_dropout: 0"
         )
+    for name in config.lora_modules_to_save if config.adapter else ():
+        if name not in _SAVED_MODULES:
+            yield (
+                f"lora_modules_to_save: {show(name)} cannot be trained whole beside a LoRA; name "
+                f"{' or '.join(_SAVED_MODULES)} (linear layers take a LoRA by lora_target_modules; norms, "
+                "the router and Mamba's other parameters train in a full fine-tune only)"
+            )
 
 
 def _schedule_rules(config: Config) -> Iterator[str]:
@@ -137,9 +145,18 @@ def rule_notices(config: Config) -> list[str]:
     lora_keys = _lora_keys_given(config)
     if config.adapter is None and lora_keys:
         notices.append(f"{', '.join(lora_keys)}: not used, since adapter is none: every weight is trained")
+    if config.adapter and not config.lora_target_modules and not config.lora_target_linear:
+        notices.append(
+            "lora_target_parameters: without lora_target_modules, the LoRA is on the routed experts only "
+            "(PEFT would add q_proj, k_proj, v_proj and o_proj)"
+        )
+    if config.adapter and config.lora_model_dir and _given(config, "peft_init_lora_weights"):
+        notices.append("peft_init_lora_weights: not used, since lora_model_dir gives the factors")
     rhythm = [name for name in ("evals_per_epoch", "eval_steps") if _given(config, name)]
     if rhythm and not config.val_set_size and not config.test_datasets:
         notices.append(f"{rhythm[0]}: not used, since val_set_size and test_datasets hold out no rows")
+    if _given(config, "revision_of_model") and not is_hub_id(config.base_model):
+        notices.append("revision_of_model: not used, since base_model is a folder, not a hub id")
     return notices
 
 
@@ -150,29 +167,10 @@ def support_errors(config: Config) -> list[str]:
 
 def _unsupported(config: Config) -> Iterator[str]:
     later = "is not supported yet in this version"
-    if config.adapter == "qlora":
-        yield f"adapter: qlora {later}; use `adapter: lora` and remove load_in_4bit and quantize_moe_experts"
-    if config.load_in_4bit:
-        yield f"load_in_4bit: true {later}; remove it"
-    if config.quantize_moe_experts:
-        yield f"quantize_moe_experts: true {later}; remove it"
-    if config.adapter and config.lora_modules_to_save:
-        yield (
-            f"lora_modules_to_save: {show(list(config.lora_modules_to_save))} {later}; remove it "
-            "(lora_target_modules and lora_target_parameters are trained)"
-        )
-    if config.adapter and config.lora_model_dir:
-        yield (
-            f"lora_model_dir: {show(config.lora_model_dir)} {later}; remove it (an interrupted run goes on "
-            "with `resume_from_checkpoint: auto`)"
-        )
-    if config.bf16 is True and config.adapter is None:
-        yield (
-            f"bf16: true for a full fine-tune {later}; use `bf16: auto`, which trains every weight in float32"
-        )
     for key, value in _paths(config):
         if "://" in value:
-            yield f"{key}: {show(value)} {later}, since it is a URL; give a path that every node sees"
+            instead = "a path that every node sees" + (" or a hub id" if key == "base_model" else "")
+            yield f"{key}: {show(value)} {later}, since it is a URL; give {instead}"
     for key, spec in _specs(config):
         if spec.name is not None:
             yield f"{key}.name: {show(spec.name)} {later}, since hub datasets are not downloaded; remove it"
@@ -188,6 +186,7 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
     yield "base_model", config.base_model
     yield "output_dir", config.output_dir
     optional = {
+        "lora_model_dir": config.lora_model_dir if config.adapter else None,
         "dataset_prepared_path": config.dataset_prepared_path,
         "resume_from_checkpoint": config.resume_from_checkpoint,
         "ray.storage_path": config.ray.storage_path,
@@ -204,6 +203,11 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
 def path_errors(config: Config) -> list[str]:
     """Files and folders that are named and not there (relative ones, from where this process runs)."""
     errors = _base_model_errors(config.base_model)
+    if config.adapter and config.lora_model_dir and not os.path.isdir(config.lora_model_dir):
+        errors.append(
+            f"lora_model_dir: {show(config.lora_model_dir)} is no folder; give the folder of an adapter, "
+            "such as adapter/ of an earlier run"
+        )
     for key, spec in _specs(config):
         errors += _dataset_errors(key, spec)
     if config.chat_template != "tokenizer_default" and not os.path.isfile(config.chat_template):
@@ -213,8 +217,13 @@ def path_errors(config: Config) -> list[str]:
     return errors
 
 
+def is_hub_id(base_model: str) -> bool:
+    """Written like owner/name, and nothing that is here."""
+    return bool(_HUB_ID.fullmatch(base_model)) and not os.path.exists(base_model)
+
+
 def _may_be_on_the_hub(path: str) -> bool:
-    """Written like owner/name, and not like a file in a folder that is here."""
+    """Whether a dataset is written like owner/name, and not like a file in a folder that is here."""
     owner, _, name = path.partition("/")
     return bool(_HUB_ID.fullmatch(path)) and not name.endswith(_DATA_SUFFIXES) and not os.path.isdir(owner)
 
@@ -225,25 +234,30 @@ def _base_model_errors(path: str) -> list[str]:
             return [
                 f"base_model: {show(path)} is a file; give the folder that holds config.json and the weights"
             ]
-        if _may_be_on_the_hub(path):
-            return [
-                f"base_model: {show(path)} is no folder here, and hub models are not downloaded in this "
-                f"version; if it is one, run `hf download {path} --local-dir FOLDER` and give that folder"
-            ]
-        return [f"base_model: {show(path)} does not exist; give the folder of the base model"]
-    file = os.path.join(path, "config.json")
+        if is_hub_id(path):
+            return []  # whether there is such a model shows when its config.json is fetched
+        return [
+            f"base_model: {show(path)} does not exist; give the folder of the base model, or its hub id "
+            "(owner/name)"
+        ]
+    return model_folder_errors(path, path)
+
+
+def model_folder_errors(folder: str, name: str) -> list[str]:
+    """What is wrong with the config.json of a model's folder; `name`: what the user calls the model."""
+    file = os.path.join(folder, "config.json")
     try:
         with open(file, encoding="utf-8") as stream:
             shape = json.load(stream)
     except FileNotFoundError:
-        return [f"base_model: {show(path)} holds no config.json; give the folder of a Nemotron-H model"]
+        return [f"base_model: {show(name)} holds no config.json; give a Nemotron-H model"]
     except (OSError, ValueError) as error:
         return [f"base_model: {show(file)} cannot be read as JSON ({show(str(error))}); download it again"]
     kind = shape["model_type"] if isinstance(shape, dict) and "model_type" in shape else None
     if kind != "nemotron_h":
         return [
-            f"base_model: {show(path)} has model_type {show(kind)}; only nemotron_h models are trained here, "
-            "give the folder of one"
+            f"base_model: {show(name)} has model_type {show(kind)}; only nemotron_h models are trained here, "
+            "give one"
         ]
     return []
 

@@ -9,18 +9,21 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from nemo_ray.config.kinds import (
+    AlphaPattern,
     Bool,
     FailureCount,
     Fraction,
     HeldOut,
     Kind,
     Mapping,
+    ModuleList,
     NonNegative,
     NonNegativeInt,
     PathList,
     PathText,
     Positive,
     PositiveInt,
+    RankPattern,
     Ratio,
     Resources,
     Seed,
@@ -40,7 +43,16 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which base model, and in what precision and memory layout it is held."""
 
-    base_model: PathText = Field(description="Folder of the base model: config.json, weights and tokenizer.")
+    base_model: PathText = Field(
+        description="Folder of the base model (config.json, safetensors weights, tokenizer), or its id on "
+        "the Hugging Face hub, `owner/name`: each node downloads it once, into HF_HOME. HF_TOKEN opens gated "
+        "and private models."
+    )
+    revision_of_model: Text = Field(
+        "main",
+        description="Branch, tag or commit of a hub model. A run keeps the commit that this names when it "
+        "begins, also where it is continued later.",
+    )
     reinit_weights: Bool = Field(
         False, description="Take the shape from config.json and random weights; for benchmarks and dry runs."
     )
@@ -52,9 +64,10 @@ class ModelSection(Section):
     )
     bf16: Bool | Literal["auto"] = Field(
         "auto",
-        description="Precision of a frozen base: `auto` is bfloat16 on a GPU and float32 on a CPU; "
+        description="Precision of a frozen base and of the computation: `auto` is bfloat16 on a GPU and "
+        "float32 on a CPU; "
         "`true` is bfloat16, `false` float32. What is trained (adapters, or every weight of a full "
-        "fine-tune) is kept in float32.",
+        "fine-tune) is kept in float32, and computes in the same precision as the rest.",
     )
     tf32: Bool = Field(False, description="Let float32 matrix products use TF32 on a GPU.")
     gradient_checkpointing: Bool = Field(
@@ -71,8 +84,16 @@ class AdapterSection(Section):
     lora_r: PositiveInt = Field(16, description="Rank of the LoRA factors.")
     lora_alpha: Positive = Field(
         default_factory=lambda values: 2.0 * values["lora_r"],
-        description="The LoRA's output is scaled by lora_alpha / lora_r.",
+        description="The LoRA's output is scaled by lora_alpha / rank.",
         json_schema_extra={"default_text": "2 x lora_r"},
+    )
+    rank_pattern: RankPattern = Field(
+        {},
+        description="Other ranks than `lora_r` for some targets, such as `{experts.up_proj: 8}`: the end of "
+        "a path, or a regular expression for one. The first that matches counts.",
+    )
+    alpha_pattern: AlphaPattern = Field(
+        {}, description="Other values than `lora_alpha` for some targets, in the same way."
     )
     lora_dropout: Fraction = Field(
         0.0, description="Dropout before the LoRA of a linear layer; must be 0 with `lora_target_parameters`."
@@ -83,15 +104,33 @@ class AdapterSection(Section):
         "k_proj, v_proj, o_proj, in_proj, out_proj, up_proj, down_proj (shared experts and dense MLPs).",
     )
     lora_target_linear: Bool = Field(
-        False, description="A LoRA on every linear layer but the router and the head."
+        False,
+        description="A LoRA on q,k,v,o, in_proj, out_proj, shared experts, dense MLPs and latent "
+        "projections; never on router, head or embeddings.",
     )
     lora_target_parameters: TextList = Field(
-        (), description="3-D expert parameters that get a LoRA for each expert: up_proj, down_proj."
+        (),
+        description="3-D expert parameters that get a LoRA for each expert: up_proj, down_proj. Without "
+        "other targets, experts only are trained.",
     )
-    lora_modules_to_save: TextList = Field((), description="Modules trained whole beside the LoRA.")
-    lora_model_dir: PathText | None = Field(None, description="Adapter to continue from.")
+    lora_modules_to_save: ModuleList = Field(
+        (), description="Modules trained whole beside the LoRA, in float32: `lm_head`, `embeddings`."
+    )
+    lora_model_dir: PathText | None = Field(
+        None,
+        description="Adapter to start from, instead of new factors: a folder as PEFT saves it, of the same "
+        "targets, ranks and scalings.",
+    )
     peft_use_rslora: Bool = Field(
-        False, description="The LoRA's output is scaled by lora_alpha / sqrt(lora_r) instead."
+        False, description="The LoRA's output is scaled by lora_alpha / sqrt(rank) instead."
+    )
+    peft_init_lora_weights: Annotated[
+        Literal[True, "gaussian", "orthogonal"], Kind("true, gaussian or orthogonal")
+    ] = Field(
+        True,
+        description="How new factors start, as in PEFT: `true`, A uniform (Kaiming) and B zero; `gaussian`, "
+        "A normal with deviation 1 / rank and B zero; `orthogonal`, both random, their product zero (even "
+        "ranks only).",
     )
 
 
@@ -198,8 +237,11 @@ class TrainSection(Section):
     warmup_ratio: Ratio = Field(
         0.0, description="Part of the run in which the rate rises from 0, instead of `warmup_steps`."
     )
-    optimizer: Annotated[Literal["adamw_torch"], Kind("the name of an AdamW")] = Field(
-        "adamw_torch", description="AdamW with float32 states; other AdamW names of axolotl run as this one."
+    optimizer: Annotated[Literal["adamw_torch", "adamw_8bit"], Kind("the name of an AdamW")] = Field(
+        "adamw_torch",
+        description="`adamw_torch`: AdamW with float32 states. `adamw_8bit`: bitsandbytes' AdamW with states "
+        "in 8 bits; its checkpoints resume on as many workers as wrote them. Other names of axolotl run as "
+        "the nearer of these two.",
     )
     weight_decay: NonNegative = Field(0.0, description="AdamW's decoupled weight decay.")
     adam_beta1: Fraction = Field(0.9, description="AdamW's decay of the mean of gradients.")

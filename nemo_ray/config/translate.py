@@ -10,6 +10,7 @@ from os.path import isdir
 from typing import Any
 
 from nemo_ray.config.axolotl import (
+    ADAMW_EXACTLY,
     ADAMW_NAMES,
     FOREIGN_IN_DATASETS,
     KNOWN_PLUGINS,
@@ -141,15 +142,16 @@ def _fold_adapter(raw: Raw, found: Findings) -> None:
 
 def _fold_optimizer(raw: Raw, found: Findings) -> None:
     name = raw["optimizer"]
-    if name in ("adamw_torch", "adamw_torch_fused"):
-        raw["optimizer"] = "adamw_torch"
-    elif name in ADAMW_NAMES:
-        found.notices.append(f"optimizer: {name} runs as AdamW with float32 states")
-        raw["optimizer"] = "adamw_torch"
+    runs = next((runs for runs, names in ADAMW_NAMES.items() if name in names), None)
+    if runs is not None:
+        raw["optimizer"] = runs
+        if name not in ADAMW_EXACTLY:
+            states = "states in 8 bits (bitsandbytes)" if runs == "adamw_8bit" else "float32 states"
+            found.notices.append(f"optimizer: {name} runs as AdamW with {states}")
     elif isinstance(name, str):
+        known = ", ".join(name for names in ADAMW_NAMES.values() for name in names)
         found.errors.append(
-            f"optimizer: {show(name)} is not known; only AdamW runs here, by any of these names: "
-            + ", ".join(ADAMW_NAMES)
+            f"optimizer: {show(name)} is not known; only AdamW runs here, by any of these names: {known}"
         )
         del raw["optimizer"]
 
@@ -158,6 +160,33 @@ def _fold_targets(raw: Raw, found: Findings) -> None:
     if raw["lora_target_modules"] == "all-linear":  # PEFT's spelling
         del raw["lora_target_modules"]
         raw["lora_target_linear"] = True
+
+
+# Starts of a LoRA that PEFT has and this package has not, by the beginning of their names.
+_CHANGES_BASE = "takes the first product of the factors off the base's weights"
+_OTHER_STARTS = {
+    "pissa": _CHANGES_BASE,
+    "olora": _CHANGES_BASE,
+    "loftq": _CHANGES_BASE,
+    "corda": f"{_CHANGES_BASE}, after a pass over data",
+    "lora_ga": f"{_CHANGES_BASE}, after a pass over data",
+    "eva": "needs a pass over data first",
+    "mica": "freezes B, and trains A alone",
+    "false": "makes the adapter act before it is trained, which is meant for debugging",
+}
+
+
+def _fold_init(raw: Raw, found: Findings) -> None:
+    value = raw["peft_init_lora_weights"]
+    name = str(value).lower()
+    for start, reason in _OTHER_STARTS.items():
+        if isinstance(value, (str, bool)) and name.startswith(start):
+            del raw["peft_init_lora_weights"]
+            found.refusals.append(
+                f"peft_init_lora_weights: {show(value)} is refused: it {reason}; use true, gaussian or "
+                "orthogonal"
+            )
+            return
 
 
 def _fold_checkpointing(raw: Raw, found: Findings) -> None:
@@ -229,6 +258,7 @@ _FOLDS: dict[str, Callable[[Raw, Findings], None]] = {
     "adapter": _fold_adapter,
     "optimizer": _fold_optimizer,
     "lora_target_modules": _fold_targets,
+    "peft_init_lora_weights": _fold_init,
     "gradient_checkpointing": _fold_checkpointing,
     "bf16": _fold_precision,
     "tf32": _fold_precision,

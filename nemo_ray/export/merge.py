@@ -21,9 +21,9 @@ from nemo_ray.errors import CheckpointError, ConfigError
 from nemo_ray.export.output import write_text
 from nemo_ray.export.shards import DTYPES, Shard, read_shard, rewrite
 from nemo_ray.model import keys
-from nemo_ray.model.adapter import TOKENIZER_FILES
 from nemo_ray.model.adapter_reader import AdapterFiles
 from nemo_ray.model.load import Checkpoint, read_model_config
+from nemo_ray.model.saving import TOKENIZER_FILES
 
 INDEX_NAME = "model.safetensors.index.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".nemo")

@@ -22,8 +22,9 @@ from nemo_ray.errors import ConfigError
 from nemo_ray.export.output import write_text
 from nemo_ray.export.shards import write_file
 from nemo_ray.model import keys
-from nemo_ray.model.adapter import TOKENIZER_FILES
-from nemo_ray.model.adapter_reader import CONFIG_NAME, TENSORS_NAME, AdapterFiles, LoraFactors
+from nemo_ray.model.adapter_reader import AdapterFiles, LoraFactors
+from nemo_ray.model.saving import TOKENIZER_FILES
+from nemo_ray.peft_config import CONFIG_NAME, TENSORS_NAME
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 

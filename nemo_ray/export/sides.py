@@ -22,7 +22,7 @@ from nemo_ray.model.adapter_reader import AdapterFiles
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.experts import RoutedExperts
 from nemo_ray.model.inference import load_for_inference
-from nemo_ray.model.load import Checkpoint
+from nemo_ray.model.load import Checkpoint, Precision
 from nemo_ray.model.lora import LoraLinear
 
 Say = Callable[[str], None]
@@ -76,7 +76,7 @@ def our_logits(
 ) -> OurLogits:
     """Logits of the base with the adapter on it, where there is one. The model is gone when this returns."""
     folder = None if adapter is None else adapter.folder
-    model = load_for_inference(base, folder, setting.dtype, setting.device)
+    model = load_for_inference(base, folder, Precision(setting.dtype, setting.dtype), setting.device)
     forward = partial(_our_forward, model)
     apart = _logits(forward, prompts, setting)
     with _without_factors(model):

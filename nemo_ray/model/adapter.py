@@ -1,68 +1,80 @@
-"""Writing what was trained: LoRA as PEFT's files, a full model in NVIDIA's layout.
+"""An adapter as PEFT's files, and back into a model.
 
-Every rank calls these together, since sharded tensors are gathered one by one; rank 0 writes.
+Every rank calls these together: sharded tensors are gathered one by one for rank 0, which writes, and each
+rank takes its own rows of an adapter that is loaded.
 
 Shapes: E experts, R rank, I inputs, O outputs.
 """
 
-import json
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
-from transformers import NemotronHConfig
 
 from nemo_ray.config.schema import AdapterSection
+from nemo_ray.errors import ConfigError
 from nemo_ray.model import keys
+from nemo_ray.model.adapter_reader import AdapterFiles, LoraFactors, read_adapter
 from nemo_ray.model.experts import RoutedExperts
-from nemo_ray.model.lora import LoraTargets, lora_parameters
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor on the CPU; gathers it where it is sharded (every rank must call)."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+from nemo_ray.model.lora import LoraLinear, LoraTargets
+from nemo_ray.model.saving import SavedBase, save_tensors
+from nemo_ray.model.sharding import local_rows, whole
+from nemo_ray.peft_config import require_strength
+from nemo_ray.targets import Strength, alpha_of, saved_modules, strength_of
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """LoRA factors under PEFT's keys and in PEFT's shapes, gathered from all ranks.
+    """All that trains beside a frozen base, in PEFT's keys and shapes, gathered from all ranks."""
+    return dict(_adapter_tensors(model))
+
+
+def _adapter_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(PEFT's key, tensor) of LoRA factors and of the weights of modules that train whole, one by one.
 
     PEFT keeps an expert bank's factors as 2-D matrices: A (E*R, I) with the experts one after another, and
     B (O, R*E) with the expert index running fastest.
     """
     both = {
-        name: module.up_lora_A is not None and module.down_lora_A is not None
-        for name, module in model.named_modules()
-        if isinstance(module, RoutedExperts)
+        name: bank.up_lora_A is not None and bank.down_lora_A is not None
+        for name, bank in _banks(model).items()
     }
-    state = {}
-    for name, parameter in lora_parameters(model).items():
-        owner = name.rpartition(".")[0]
-        value = _whole(parameter)
-        if owner not in both:
-            state[keys.peft_linear(name)] = value.contiguous()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        value = whole(parameter)
+        if "lora_" not in leaf:
+            yield keys.PEFT_PREFIX + name, value.contiguous()
+        elif owner not in both:
+            yield keys.peft_linear(name), value.contiguous()
         elif name.endswith("lora_A"):
-            state[keys.peft_expert(name, both[owner])] = value.flatten(0, 1).contiguous()
+            yield keys.peft_expert(name, both[owner]), value.flatten(0, 1).contiguous()
         else:
-            state[keys.peft_expert(name, both[owner])] = value.permute(1, 2, 0).flatten(1).contiguous()
-    return state
+            yield keys.peft_expert(name, both[owner]), value.permute(1, 2, 0).flatten(1).contiguous()
 
 
-def _suffixes(paths: Iterable[str], rest: Iterable[str], depth: int) -> list[str]:
-    """The shortest endings, of at most `depth` parts, that match `paths` and nothing of `rest`."""
+def _banks(model: nn.Module) -> dict[str, RoutedExperts]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedExperts)}
+
+
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """PEFT's rank_pattern or alpha_pattern for the targets whose value is not `default`.
+
+    No two of its patterns match one target: PEFT takes the first that does, and sorts them when it saves.
+    """
+    pattern = {}
+    for value in sorted(set(values.values()) - {default}):
+        paths = {path for path, its in values.items() if its == value}
+        pattern |= dict.fromkeys(_suffixes(paths, values, depth=3), value)
+    return pattern
+
+
+def _suffixes(paths: Iterable[str], rest: Iterable[str], depth: int, least: int = 1) -> list[str]:
+    """The shortest endings, of `least` to `depth` parts, that match `paths` and nothing else of `rest`; whole
+    paths where there are none."""
     paths, rest = set(paths), set(rest)
-    for parts in range(1, depth + 1):
+    for parts in range(least, depth + 1):
         endings = {".".join(path.split(".")[-parts:]) for path in paths}
         if not any(other.endswith(tuple("." + e for e in endings)) for other in rest - paths):
             return sorted(endings)
@@ -73,33 +85,114 @@ def save_adapter(
     model: nn.Module,
     adapter: AdapterSection,
     targets: LoraTargets,
-    base_model: str,
+    base: SavedBase,
     folder: Path,
     write: bool,
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors, which plain PEFT loads."""
-    state = adapter_state(model)
+    state = {}
+    for key, tensor in _adapter_tensors(model):
+        if write:
+            state[key] = tensor
     if not write:
         return
     from peft import LoraConfig  # slow to import, and only rank 0 needs it
 
+    every = (*targets.modules, *targets.parameters)
+    ranks = {name: strength_of(adapter, name).rank for name in every}
+    alphas = {name: alpha_of(adapter, name) for name in every}
     every_leaf = [name for name, module in model.named_modules() if not list(module.children())]
+    every_bank = [f"{name}.{side}_proj" for name in _banks(model) for side in ("up", "down")]
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
+        base_model_name_or_path=base.name or base.folder,
+        revision=base.revision,
         inference_mode=True,
         r=adapter.lora_r,
         lora_alpha=adapter.lora_alpha,
+        rank_pattern=_pattern(ranks, adapter.lora_r),
+        alpha_pattern=_pattern(alphas, adapter.lora_alpha),
         lora_dropout=0.0 if targets.parameters else adapter.lora_dropout,
         use_rslora=adapter.peft_use_rslora,
         target_modules=_suffixes(targets.modules, every_leaf, depth=3),
-        target_parameters=sorted({".".join(name.split(".")[-2:]) for name in targets.parameters}) or None,
+        target_parameters=_suffixes(targets.parameters, every_bank, depth=2, least=2) or None,
+        modules_to_save=list(targets.saved) or None,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    _save_tensors(state, folder / "adapter_model.safetensors")
+    save_tensors(state, folder / "adapter_model.safetensors")
     config.save_pretrained(folder)
-    _copy_tokenizer(base_model, folder)
-    (folder / "README.md").write_text(_usage(base_model, targets), encoding="utf-8")
+    base.copy_tokenizer(folder)
+    (folder / "README.md").write_text(_usage(base.name or base.folder, targets), encoding="utf-8")
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, adapter: AdapterSection, folder: str | Path) -> None:
+    """Copy the factors and whole modules of the PEFT adapter in `folder` into `model`, which was built for
+    `adapter` and filled; each rank takes its own rows.
+
+    Raises: ConfigError with the first difference, where targets, shapes, ranks or scalings are not the same;
+        CheckpointError where the file is broken.
+    """
+    files = read_adapter(folder)
+    pairs = _factor_pairs(model)
+    saved = {f"{path}.weight" for path in saved_modules(adapter).values()}
+    parameters = {name: p for name, p in model.named_parameters() if name in saved}
+    _check_fits(f"adapter: {folder}", adapter, files, pairs, parameters)
+    for name, (A, B) in pairs.items():
+        stored = (files.experts if name in files.experts else files.linear)[name]
+        _copy_rows(A, stored.A)
+        _copy_rows(B, stored.B)
+    for name, parameter in parameters.items():
+        _copy_rows(parameter, files.modules_to_save[name])
+
+
+Pair = tuple[nn.Parameter, nn.Parameter]
+
+
+def _factor_pairs(model: nn.Module) -> dict[str, Pair]:
+    """Target -> its factors A and B, in model order."""
+    pairs: dict[str, Pair] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            pairs[name] = (module.lora_A, module.lora_B)
+        elif isinstance(module, RoutedExperts):
+            for side in ("up", "down"):
+                pair = (getattr(module, f"{side}_lora_A"), getattr(module, f"{side}_lora_B"))
+                if pair[0] is not None:
+                    pairs[f"{name}.{side}_proj"] = pair
+    return pairs
+
+
+def _check_fits(
+    where: str,
+    adapter: AdapterSection,
+    files: AdapterFiles,
+    pairs: Mapping[str, Pair],
+    saved: Mapping[str, nn.Parameter],
+) -> None:
+    stored: dict[str, LoraFactors] = {**files.linear, **files.experts}
+    shapes = {name: (*B.shape[:-1], A.shape[-1]) for name, (A, B) in pairs.items()}
+    shapes |= {name: tuple(parameter.shape) for name, parameter in saved.items()}
+    theirs = {name: factors.shape for name, factors in stored.items()}
+    theirs |= {name: files.modules_to_save.shape(name) for name in files.modules_to_save}
+    for name, shape in shapes.items():
+        if name in theirs and theirs[name] != shape:
+            raise ConfigError(
+                f"{where} belongs to another base: {name} has shape {theirs[name]} there, and {shape} here"
+            )
+    for name in sorted(shapes.keys() ^ theirs.keys()):
+        if name in shapes:
+            raise ConfigError(f"{where} lacks {name}, which is to be trained here")
+        raise ConfigError(f"{where} has {name}, which is no target here (other targets, or another base)")
+    for name in pairs:
+        require_strength(
+            where, name, strength_of(adapter, name), Strength(stored[name].rank, stored[name].scaling)
+        )
+
+
+def _copy_rows(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    local, first = local_rows(parameter)
+    local.copy_(values[first : first + len(local)])
 
 
 def _usage(base_model: str, targets: LoraTargets) -> str:
@@ -119,6 +212,13 @@ def _usage(base_model: str, targets: LoraTargets) -> str:
         "The loop sets the limit of Mamba's step as config.json has it, and as it was in training.",
         "transformers up to 5.23 clamps it at `time_step_min` instead.",
     ]
+    if targets.saved:
+        names = " and ".join(f"`{name}`" for name in targets.saved)
+        lines += [
+            "",
+            f"Beside the LoRA it holds {names} whole, as trained; PEFT puts them in place of the base's.",
+            "Servers that take LoRA factors only refuse such an adapter: merge it, and serve the result.",
+        ]
     if any(name.endswith(".out_proj") for name in targets.modules):
         lines += [
             "",
@@ -132,45 +232,3 @@ def _usage(base_model: str, targets: LoraTargets) -> str:
             "```",
         ]
     return "\n".join(lines) + "\n"
-
-
-def save_model(
-    model: nn.Module, config: NemotronHConfig, base_model: str, folder: Path, dtype: torch.dtype, write: bool
-) -> None:
-    """Write the whole model in NVIDIA's layout: model.safetensors, config.json, the tokenizer's files."""
-    state: dict[str, torch.Tensor] = {}
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in tensors:
-        place, value = keys.stored(name, config.n_routed_experts), _whole(tensor)
-        if not name.endswith("e_score_correction_bias"):
-            value = value.to(dtype)
-        if not write:
-            continue
-        if place.stacked:
-            state.update(zip(place.keys, (row.contiguous() for row in value), strict=True))
-        else:
-            state[place.keys[0]] = value.contiguous()
-    if not write:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    _save_tensors(state, folder / "model.safetensors")
-    raw = json.loads((Path(base_model) / "config.json").read_text(encoding="utf-8"))
-    # vLLM reads the pattern, transformers the list: write both.
-    raw["layers_block_type"] = list(config.layers_block_type)
-    raw["hybrid_override_pattern"] = config.hybrid_override_pattern
-    raw["num_nextn_predict_layers"] = 0  # the multi-token prediction head was not trained along
-    raw["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    _copy_tokenizer(base_model, folder)
-
-
-def _save_tensors(state: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(state, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors 0.8 leaves it readable by its owner only
-
-
-def _copy_tokenizer(base_model: str, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        source = Path(base_model) / name
-        if source.exists():
-            shutil.copyfile(source, folder / name)

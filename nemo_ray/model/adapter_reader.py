@@ -7,7 +7,6 @@ factor is asked for.
 Shapes: E experts, R rank, I inputs, O outputs.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,26 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_ray.errors import CheckpointError, ConfigError
 from nemo_ray.model import keys
+from nemo_ray.peft_config import CONFIG_NAME, TENSORS_NAME, read_adapter_config
 
-CONFIG_NAME = "adapter_config.json"
-TENSORS_NAME = "adapter_model.safetensors"
-# What changes the result and is not a plain product of two factors, with the values that leave it off.
-_UNREAD = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "layer_replication": (None,),
-    "trainable_token_indices": (None,),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "use_bdlora": (False, None),
-    "use_qalora": (False, None),
-}
-# PEFT subtracts the first product from the base with these, so the factors alone do not say what was trained.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # PEFT saves these where the vocabulary was resized, without naming them in modules_to_save.
 _EMBEDDINGS = ("model.embeddings.weight", "lm_head.weight")
 
@@ -136,7 +117,12 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
         CheckpointError where its file is broken, incomplete, or does not fit its configuration.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_adapter_config(folder)
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
+            raise ConfigError(
+                f"adapter: {folder / CONFIG_NAME} has {key} {config.get(key)!r}, not a positive number"
+            )
     path = folder / TENSORS_NAME
     if not path.exists():
         raise ConfigError(f"adapter: {path} does not exist (other formats than safetensors are not read)")
@@ -163,32 +149,6 @@ def read_adapter(folder: str | Path) -> AdapterFiles:
 def _by_number(item: tuple[str, LoraFactors]) -> list[tuple[bool, int, str]]:
     """Numbers as numbers: layer 2 before layer 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in item[0].split(".")]
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"adapter: {path} does not exist; name the folder of a PEFT adapter") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"adapter: {path} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        found = config.get("peft_type") if isinstance(config, dict) else None
-        raise ConfigError(f"adapter: {path} has peft_type {found!r}, and LORA only is read here")
-    for key, off in _UNREAD.items():
-        if key in config and config[key] not in off:
-            raise ConfigError(f"adapter: {path} has {key}: {config[key]!r}, which is not read here")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(_CHANGES_BASE):
-        raise ConfigError(
-            f"adapter: {path} has init_lora_weights {init!r}, which changes the base's weights; save it from "
-            "PEFT with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
-        )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
-            raise ConfigError(f"adapter: {path} has {key} {config.get(key)!r}, not a positive number")
-    return config
 
 
 def _sort_keys(file: _TensorFile, config: dict[str, Any]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:

@@ -112,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--seed", metavar="S", type=int, help="of the draws: the same text again on the same device")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU where there is one")
+    add("--load-in-4bit", action="store_true", help="hold the weights in 4 bits (NF4), as in QLoRA")
     add("--system", metavar="TEXT", help="the system message")
     add("--raw", action="store_true", help="continue the plain text, without the chat template")
     return result
@@ -147,6 +148,7 @@ def run(given: argparse.Namespace) -> int:
 
     from nemo_ray.model.decode import Sampling, generate_tokens
     from nemo_ray.model.inference import load_for_inference
+    from nemo_ray.model.load import Precision
 
     if given.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: cuda is not available here; use --device cpu")
@@ -156,9 +158,9 @@ def run(given: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(folders)
     ids = prompt_ids(tokenizer, text, given.system, given.raw)
     try:
-        model = load_for_inference(
-            str(base), source.adapter, torch.bfloat16 if cuda else torch.float32, device
-        )
+        dtype = torch.bfloat16 if cuda else torch.float32
+        precision = Precision(dtype, dtype, linears_4bit=given.load_in_4bit, experts_4bit=given.load_in_4bit)
+        model = load_for_inference(str(base), source.adapter, precision, device)
         if not ids or max(ids) >= model.config.vocab_size:
             raise ConfigError(
                 f"PROMPT: its {len(ids)} tokens are none, or beyond the model's {model.config.vocab_size}: "

@@ -5,7 +5,6 @@ so that a rank's memory holds its own part and one tensor's rows, never the whol
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,9 @@ from nemo_ray.config.schema import AdapterSection
 from nemo_ray.errors import CheckpointError, ConfigError
 from nemo_ray.model import keys
 from nemo_ray.model.experts import RoutedExperts
-from nemo_ray.model.init import draw_rows, initial_values
+from nemo_ray.model.init import initial_values
 from nemo_ray.model.linear import BaseLinear
-from nemo_ray.model.lora import LoraTargets, apply_lora, lora_parameters
+from nemo_ray.model.lora import LoraTargets, apply_lora, initial_factors, lora_parameters
 from nemo_ray.model.patches import patch_model
 from nemo_ray.model.quant import QuantizedWeight
 from nemo_ray.model.sharding import local_rows
@@ -190,7 +189,7 @@ def fill(
 
     Args:
         base_model: folder to read; None draws random weights from `seed`, the same for any sharding.
-        adapter_seed: LoRA factors A are drawn from it, whatever the sharding; B starts at zero.
+        adapter_seed: LoRA factors are drawn from it, whatever the sharding.
 
     Raises: CheckpointError for a missing, left-over or misshapen tensor.
     """
@@ -203,7 +202,7 @@ def fill(
         local, first = local_rows(weight)
         if local.numel():
             rows(name, tuple(weight.shape), first, local)
-    _fill_adapter(model, adapter_seed)
+    initial_factors(model, adapter_seed)
 
 
 def _fill_quantized(name: str, weight: QuantizedWeight, rows: Rows, dtype: torch.dtype) -> None:
@@ -250,19 +249,6 @@ def _check_keys(model: nn.Module, checkpoint: Checkpoint, num_experts: int) -> N
         if names:
             raise CheckpointError(
                 f"base_model: {checkpoint.folder} {problem} {len(names)} tensors, first {sorted(names)[0]}"
-            )
-
-
-def _fill_adapter(model: nn.Module, seed: int) -> None:
-    """A uniform in +-sqrt(3 / inputs) / sqrt(3), as PEFT draws it (kaiming, a = sqrt 5); B zero."""
-    for name, parameter in lora_parameters(model).items():
-        local, first = local_rows(parameter)
-        if name.endswith("lora_B"):
-            local.zero_()
-        else:
-            bound = 1 / math.sqrt(parameter.shape[-1])
-            draw_rows(
-                local, name, first, seed, lambda t, g, bound=bound: t.uniform_(-bound, bound, generator=g)
             )
 
 

@@ -1,14 +1,17 @@
-"""LoRA on linear layers and routed experts: the layers themselves, and putting them in place.
+"""LoRA on linear layers and routed experts: the layers, putting them in place, and their first values.
 
-The factors are float32 parameters beside a frozen base and are cast to the activations' dtype where they are
-used, so that a bf16 base pays no float32 matmuls. Which names match is targets.py's, the file format
-adapter.py's. Source: Hu et al., "LoRA" (2021); Kalajdzievski, "rsLoRA" (2023).
+Modules that train whole beside it (head, embeddings) are put in place here too. The factors are float32
+parameters beside a frozen base and are cast to the activations' dtype where they are used, so that a bf16
+base pays no float32 matmuls. Which names match is targets.py's, the file format adapter.py's.
+
+Source: Hu et al., "LoRA" (2021); Kalajdzievski, "rsLoRA" (2023); the ways to start are PEFT's.
 
 Shapes: R rank, I inputs, O outputs, E experts.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +19,10 @@ from torch import nn
 
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.model.experts import RoutedExperts
+from nemo_ray.model.init import draw_rows, generator_of
 from nemo_ray.model.linear import BaseLinear, linear
-from nemo_ray.targets import find_targets
+from nemo_ray.model.sharding import local_rows
+from nemo_ray.targets import find_targets, saved_modules, strength_of
 
 
 class LoraLinear(BaseLinear):
@@ -33,7 +38,7 @@ class LoraLinear(BaseLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., I) -> (..., O)."""
         inner = linear(F.dropout(x, self.dropout, self.training), self.lora_A)
-        return super().forward(x) + linear(inner * self.scaling, self.lora_B)
+        return super().forward(x).add_(linear(inner * self.scaling, self.lora_B))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling}"
@@ -41,20 +46,22 @@ class LoraLinear(BaseLinear):
 
 @dataclass(frozen=True)
 class LoraTargets:
-    """What LoRA was put on: module paths of linear layers, and parameter paths of 3-D experts."""
+    """What an adapter trains.
+
+    Attributes:
+        modules: paths of linear layers with LoRA.
+        parameters: paths of 3-D expert parameters with LoRA.
+        saved: name -> path of the modules that are trained whole.
+    """
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
-
-
-def scaling_of(adapter: AdapterSection) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA."""
-    rank = adapter.lora_r
-    return adapter.lora_alpha / (math.sqrt(rank) if adapter.peft_use_rslora else rank)
+    saved: Mapping[str, str] = field(default_factory=dict)
 
 
 def apply_lora(model: nn.Module, adapter: AdapterSection) -> LoraTargets:
-    """Freeze `model` and put trainable factors on the adapter's targets, in place.
+    """Freeze `model`, then put trainable factors on the adapter's targets in place, and float32 weights into
+    what trains whole. They have no values yet: `initial_factors` gives factors their first.
 
     Raises: ConfigError for a target that matches nothing or that cannot carry LoRA; it lists near names.
     """
@@ -67,17 +74,76 @@ def apply_lora(model: nn.Module, adapter: AdapterSection) -> LoraTargets:
         for parameter in ("up_proj", "down_proj")
     }
     modules, parameters = find_targets(adapter, linears, banks)
-    scaling = scaling_of(adapter)
     for name in modules:
         parent, _, child = name.rpartition(".")
-        lora = LoraLinear(linears[name], adapter.lora_r, scaling, adapter.lora_dropout)
+        lora = LoraLinear(linears[name], *strength_of(adapter, name), adapter.lora_dropout)
         setattr(model.get_submodule(parent), child, lora)
     for name in parameters:
         bank, parameter = banks[name]
-        bank.add_lora(parameter, adapter.lora_r, scaling)
-    return LoraTargets(tuple(modules), tuple(parameters))
+        bank.add_lora(parameter, *strength_of(adapter, name))
+    saved = saved_modules(adapter)
+    for path in saved.values():
+        module = model.get_submodule(path)
+        frozen = module.weight
+        module.weight = nn.Parameter(torch.empty(frozen.shape, device=frozen.device, dtype=torch.float32))
+    model.lora_init = adapter.peft_init_lora_weights
+    return LoraTargets(tuple(modules), tuple(parameters), saved)
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> factor, for every LoRA factor of `model`, in model order."""
     return {name: p for name, p in model.named_parameters() if "lora_" in name.rpartition(".")[2]}
+
+
+@torch.no_grad()
+def initial_factors(model: nn.Module, seed: int) -> None:
+    """Give the factors that `apply_lora` put into `model` their first values, from `seed` and their names.
+
+    `model` is whole or sharded by rows, which does not change a value. B A is zero in every case: A is random
+    and B zero, or (orthogonal) both come from the two halves of one orthogonal matrix.
+    """
+    for name, parameter in lora_parameters(model).items():
+        local, first = local_rows(parameter)
+        rank, inputs = parameter.shape[-2:]
+        if model.lora_init == "orthogonal":
+            _orthogonal(local, name, first, tuple(parameter.shape), seed)
+        elif name.endswith("lora_B"):
+            local.zero_()
+        elif model.lora_init == "gaussian":
+            draw_rows(local, name, first, seed, _normal(1 / rank))
+        else:  # kaiming with a = sqrt 5
+            draw_rows(local, name, first, seed, _uniform(1 / math.sqrt(inputs)))
+
+
+Draw = Callable[[torch.Tensor, torch.Generator], object]
+
+
+def _normal(std: float) -> Draw:
+    return lambda values, generator: values.normal_(0.0, std, generator=generator)
+
+
+def _uniform(bound: float) -> Draw:
+    return lambda values, generator: values.uniform_(-bound, bound, generator=generator)
+
+
+def _orthogonal(local: torch.Tensor, name: str, first: int, shape: tuple[int, ...], seed: int) -> None:
+    """Fill rows [first, first + len(local)) of the factor `name` of `shape`, (R, I), (O, R) or with E before.
+
+    A's columns lie in the span of the even rows of an orthogonal (R, R), B's rows in that of the odd ones, so
+    that B A = 0. Drawn whole on the CPU: a rank has its rows of what all ranks draw.
+    """
+    is_a = name.endswith("lora_A")
+    rank, size = (shape[-2], shape[-1]) if is_a else (shape[-1], shape[-2])
+    target, cpu = name.rpartition("lora_")[0], torch.device("cpu")
+
+    def factor(index: int) -> torch.Tensor:
+        square = torch.randn(rank, rank, generator=generator_of(seed, target, index, cpu))
+        half = torch.linalg.qr(square).Q[0 if is_a else 1 :: 2]
+        wide = torch.randn(size, rank // 2, generator=generator_of(seed, name, index, cpu)) @ half / 10
+        return wide.T if is_a else wide
+
+    if len(shape) == 3:
+        for row, values in enumerate(local):
+            values.copy_(factor(first + row))
+    elif len(local):
+        local.copy_(factor(0)[first : first + len(local)])

@@ -137,7 +137,7 @@ class QuantizedWeight(nn.Module):
         if not error <= MAX_ERROR:
             raise PatchError(
                 f"bitsandbytes {bitsandbytes().__version__} on {values.device.type}: a weight comes back "
-                f"from 4 bits with {error:.3f} of its norm lost (at most {MAX_ERROR}); install another version"
+                f"from 4 bits with {error:.3f} of its norm lost (at most {MAX_ERROR}); try another version"
             )
 
     def extra_repr(self) -> str:

@@ -131,7 +131,7 @@ def _check_gradients(model: nn.Module, batch: PackedBatch) -> None:
         norms[name] = norm.full_tensor() if isinstance(norm, DTensor) else norm
         parameter.grad = None
 
-    parameters = lora_parameters(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     handles = [
         parameter.register_post_accumulate_grad_hook(partial(keep_norm, name))
         for name, parameter in parameters.items()

@@ -28,6 +28,7 @@ from nemo_ray.data.order import window_order
 from nemo_ray.data.sources import plan_data
 from nemo_ray.errors import ClusterError, NemoRayError
 from nemo_ray.failures import one_line, root_cause
+from nemo_ray.peft_config import check_adapter_dir
 from nemo_ray.plan import estimate_memory
 from nemo_ray.run_dir import RunDir
 from nemo_ray.targets import expert_paths, find_targets, linear_paths, read_shape
@@ -145,6 +146,8 @@ class Launch:
         shape = read_shape(str(hub.local_folder(model, weights=False)))
         if config.adapter:  # a name that matches nothing is told before a run is replaced
             find_targets(config.adapter_config, linear_paths(shape), expert_paths(shape))
+            if config.lora_model_dir:
+                check_adapter_dir(config.adapter_config, shape)
         plan = self.plan = self.parts.plan(config.data, model, config.dataset_prepared_path or "")
         if start.checkpoint is not None:
             outputs.check_plan(run, plan)

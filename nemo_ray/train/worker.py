@@ -18,10 +18,12 @@ import torch.distributed as dist
 from nemo_ray import hub
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
-from nemo_ray.model.adapter import save_adapter, save_model
+from nemo_ray.data.tokenizer import TOKENIZER_DEFAULT
+from nemo_ray.model.adapter import load_adapter, save_adapter
 from nemo_ray.model.decode import generate_tokens
 from nemo_ray.model.load import Precision, build, count_parameters, fill, read_model_config
 from nemo_ray.model.lora import LoraTargets
+from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
 from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import publish_folder, remove_tree
@@ -136,6 +138,8 @@ def make_trainee(
     parallel = parallelize(model, layout, device, config.gradient_checkpointing)
     source = None if config.reinit_weights else base
     fill(model, source, seed=config.seed, device=device, adapter_seed=config.seed)
+    if config.adapter and config.lora_model_dir:
+        load_adapter(model, config.adapter_config, config.lora_model_dir)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, config.train, dist.get_rank(), dist.get_world_size())
     return Trainee(model.train(), parameters, optimizer, parallel, device), targets
@@ -185,10 +189,17 @@ def export(
     partial = final.with_name(f".{final.name}.partial")
     if write and partial.exists():
         remove_tree(partial)
+    template = config.chat_template
+    saved = SavedBase(
+        folder=base,
+        name=config.base_model,
+        revision=config.revision_of_model if hub.is_reference(hub.reference(config)) else None,
+        chat_template=None if template == TOKENIZER_DEFAULT else template,
+    )
     if targets is None:
         model = trainee.model
-        save_model(model, model.config, base, partial, torch.bfloat16, write)
+        save_model(model, model.config, saved, partial, torch.bfloat16, write)
     else:
-        save_adapter(trainee.model, config.adapter_config, targets, config.base_model, partial, write)
+        save_adapter(trainee.model, config.adapter_config, targets, saved, partial, write)
     if write:
         publish_folder(partial, final)

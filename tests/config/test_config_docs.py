@@ -7,7 +7,6 @@ import pytest
 from nemo_ray.config.docs import reference
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config, DatasetSpec, RaySection
-from nemo_ray.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))

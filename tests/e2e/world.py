@@ -17,8 +17,8 @@ import yaml
 
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.demo.shapes import base_config
-from nemo_ray.model.adapter import TOKENIZER_FILES, save_model
 from nemo_ray.model.load import Precision, build, fill, read_model_config
+from nemo_ray.model.saving import TOKENIZER_FILES, SavedBase, save_model
 from nemo_ray.run_dir import RunDir
 from tests.e2e.command import ROOT, TRAIN, Command
 
@@ -75,7 +75,7 @@ def write_base(folder: Path) -> Path:
     config, cpu = read_model_config(str(shape)), torch.device("cpu")
     model, _ = build(config, AdapterSection(), Precision(), cpu)
     fill(model, None, seed=3, device=cpu, adapter_seed=3)
-    save_model(model, config, str(shape), folder, torch.bfloat16, write=True)
+    save_model(model, config, SavedBase(str(shape)), folder, torch.bfloat16, write=True)
     return folder
 
 

@@ -11,6 +11,7 @@ from nemo_ray.config.schema import AdapterSection
 from nemo_ray.model.adapter import save_adapter
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.load import Precision, build, fill, read_model_config
+from nemo_ray.model.saving import SavedBase
 from tests.model.shapes import CPU, randomize_lora, tiny_config
 
 IDS = torch.randint(0, 128, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -50,7 +51,7 @@ def adapter_on(base: Path, folder: Path, **keys: object) -> Path:
     model, targets = build(read_model_config(str(base)), section, Precision(), CPU)
     fill(model, str(base), seed=0, device=CPU, adapter_seed=1)
     randomize_lora(model)
-    save_adapter(model, section, targets, str(base), folder, write=True)
+    save_adapter(model, section, targets, SavedBase(str(base)), folder, write=True)
     return folder
 
 

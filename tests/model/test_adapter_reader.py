@@ -17,6 +17,7 @@ from nemo_ray.model.adapter import save_adapter
 from nemo_ray.model.adapter_reader import read_adapter
 from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.lora import LoraLinear
+from nemo_ray.model.saving import SavedBase
 from tests.model.shapes import ALL_TARGETS, CPU, randomize_lora, tiny_config
 
 ONE_BANK = {"adapter": "lora", "lora_r": 6, "lora_target_parameters": ("experts.up_proj",)}
@@ -31,7 +32,7 @@ def written(folder: Path, keys: dict[str, object], latent: int | None = None):
     randomize_lora(model)
     (folder / "base").mkdir()
     model.config.save_pretrained(folder / "base")
-    save_adapter(model, section, targets, str(folder / "base"), folder / "adapter", write=True)
+    save_adapter(model, section, targets, SavedBase(str(folder / "base")), folder / "adapter", write=True)
     return model
 
 
@@ -60,7 +61,7 @@ def test_layers_come_in_numerical_order(tmp_path):
     config = tiny_config(pattern="*" * 12)
     model, targets = build(config, section, Precision(), CPU)
     fill(model, None, seed=0, device=CPU, adapter_seed=0)
-    save_adapter(model, section, targets, str(tmp_path), tmp_path / "adapter", write=True)
+    save_adapter(model, section, targets, SavedBase(str(tmp_path)), tmp_path / "adapter", write=True)
     numbers = [int(path.split(".")[2]) for path in read_adapter(tmp_path / "adapter").linear]
     assert numbers == list(range(12))
 

@@ -12,9 +12,11 @@ from transformers import NemotronHForCausalLM
 
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.errors import CheckpointError, ConfigError
-from nemo_ray.model.adapter import save_adapter, save_model
+from nemo_ray.model import saving
+from nemo_ray.model.adapter import save_adapter
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.load import Precision, build, count_parameters, fill, read_model_config
+from nemo_ray.model.saving import SavedBase, save_model
 from tests.model.shapes import ALL_TARGETS, CPU, randomize_lora, tiny_config
 
 IDS = torch.randint(0, 128, (1, 40), generator=torch.Generator().manual_seed(1))
@@ -54,7 +56,7 @@ def test_a_base_loads_as_transformers_loads_it(base):
 
 def test_a_full_model_is_saved_key_identical_and_loads_plainly(base, tmp_path):
     model, _ = our_model(base)
-    save_model(model, model.config, str(base), tmp_path / "out", torch.float32, write=True)
+    save_model(model, model.config, SavedBase(str(base)), tmp_path / "out", torch.float32, write=True)
     saved, source = load_file(tmp_path / "out/model.safetensors"), load_file(base / "model.safetensors")
     assert saved.keys() == source.keys() and len(saved) > 60
     assert all(torch.equal(saved[key], source[key]) for key in source)
@@ -67,6 +69,7 @@ def test_a_full_model_is_saved_key_identical_and_loads_plainly(base, tmp_path):
 ADAPTERS = {
     "attention and mamba": {"lora_target_modules": NO_OUT_PROJ},
     "experts only": {"lora_target_parameters": ("experts.up_proj", "experts.down_proj")},
+    "experts of one block": {"lora_target_parameters": ("layers.5.mixer.experts.up_proj",)},
     "one projection": {"lora_target_parameters": ("experts.down_proj",)},
     "shared experts and experts": {
         "lora_target_modules": ("up_proj", "down_proj", "q_proj"),
@@ -76,7 +79,25 @@ ADAPTERS = {
     },
     "one block": {"lora_target_modules": (r".*layers\.2\.mixer\.[qk]_proj",), "lora_alpha": 3.0},
     "out_proj": {"lora_target_modules": (*NO_OUT_PROJ, "out_proj")},
+    "all, out_proj too": ALL_TARGETS,
+    "other ranks and alphas": {
+        "lora_target_modules": ("up_proj", "in_proj", "q_proj"),
+        "lora_target_parameters": ("up_proj", "down_proj"),
+        "rank_pattern": {"experts.up_proj": 2, "shared_experts.up_proj": 8, r".*layers\.0\..*": 3},
+        "alpha_pattern": {"experts.down_proj": 2.0, "q_proj": 5},
+    },
+    "head and embeddings": {
+        "lora_target_modules": ("q_proj",),
+        "lora_modules_to_save": ("lm_head", "embeddings"),
+    },
 }
+
+
+@torch.no_grad()
+def shift_whole_modules(model, targets) -> None:
+    for path in targets.saved.values():
+        weight = model.get_submodule(path).weight
+        weight += 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -85,9 +106,10 @@ def test_an_adapter_gives_the_same_logits_in_plain_peft(base, name, tmp_path, mo
     model, targets = our_model(base, section)
     before = our_logits(model)
     randomize_lora(model)
-    save_adapter(model, section, targets, str(base), tmp_path / "adapter", write=True)
+    shift_whole_modules(model, targets)
+    save_adapter(model, section, targets, SavedBase(str(base)), tmp_path / "adapter", write=True)
     plain = NemotronHForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if name == "out_proj":
+    if "out_proj" in name:
         with pytest.raises(ValueError, match="out_proj"):
             PeftModel.from_pretrained(plain, tmp_path / "adapter")
         monkeypatch.setattr(LoraModel, "_check_target_module_compatiblity", lambda *args, **kwargs: None)
@@ -188,3 +210,23 @@ def test_parameters_are_counted(base):
     lora = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     assert counts["total"] - lora == sum(p.numel() for p in plain.parameters())
     assert counts["trainable"] == lora > 0
+
+
+def test_a_large_model_is_saved_in_files_with_an_index(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "SHARD_BYTES", 100_000)
+    model, _ = our_model(base)
+    save_model(model, model.config, SavedBase(str(base)), tmp_path / "out", torch.float32, write=True)
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == load_file(base / "model.safetensors").keys()
+    torch.testing.assert_close(our_logits(our_model(tmp_path / "out")[0]), our_logits(model))
+
+
+def test_the_chat_template_of_the_training_comes_along(base, tmp_path):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{{ messages }}")
+    model, _ = our_model(base)
+    saved = SavedBase(str(base), chat_template=str(template))
+    save_model(model, model.config, saved, tmp_path / "out", torch.float32, write=True)
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"

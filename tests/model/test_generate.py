@@ -20,6 +20,7 @@ from nemo_ray.errors import ConfigError
 from nemo_ray.model import generate, inference
 from nemo_ray.model.decode import generate_tokens
 from nemo_ray.model.generate import TextStream, complete_greedily
+from nemo_ray.model.load import Precision
 from nemo_ray.model.prompt import end_ids, find_source, load_tokenizer, prompt_ids, read_text
 from tests.model.shapes import CPU, tiny_config, tiny_model
 
@@ -46,7 +47,7 @@ def command(*arguments: str, **options) -> subprocess.CompletedProcess:
 def test_the_command_prints_the_greedy_answer_and_nothing_else(tokenizer):
     done = command("--model", str(BASE), "--max-new-tokens", "40", QUESTION)
     assert done.returncode == 0, done.stderr
-    model = inference.load_for_inference(str(BASE), None, torch.float32, CPU)
+    model = inference.load_for_inference(str(BASE), None, Precision(), CPU)
     ids = prompt_ids(tokenizer, QUESTION, None, raw=False)
     expected = complete_greedily(model.packed_logits, ids, 40, end_ids([BASE], tokenizer), CPU)
     assert done.stdout == tokenizer.decode(expected) and len(done.stdout) > 20
@@ -57,7 +58,7 @@ def test_the_command_prints_the_greedy_answer_and_nothing_else(tokenizer):
 def test_standard_input_is_the_prompt_and_raw_leaves_out_the_template(tokenizer):
     done = command("--model", str(BASE), "--raw", "--max-new-tokens", "8", input="os.path is\n")
     assert done.returncode == 0, done.stderr
-    model = inference.load_for_inference(str(BASE), None, torch.float32, CPU)
+    model = inference.load_for_inference(str(BASE), None, Precision(), CPU)
     ids = tokenizer("os.path is")["input_ids"]
     expected = list(generate_tokens(model, ids, 8, end_ids([BASE], tokenizer)))
     assert done.stdout == tokenizer.decode(expected)

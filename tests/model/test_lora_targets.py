@@ -1,12 +1,12 @@
 """Which names LoRA targets match, and what is said of those that match nothing."""
 
 import pytest
+import torch
 
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.errors import ConfigError
 from nemo_ray.model.load import Precision, build
-from nemo_ray.model.lora import scaling_of
-from nemo_ray.targets import LINEAR_NAMES, expert_paths, find_targets, linear_paths
+from nemo_ray.targets import LINEAR_NAMES, expert_paths, find_targets, linear_paths, strength_of
 from tests.model.shapes import CPU, tiny_config
 
 
@@ -51,7 +51,16 @@ def test_a_path_and_an_expression_match_a_part():
         ),
         ({"lora_target_modules": ("gate_proj",)}, "'gate_proj' matches nothing"),
         ({"lora_target_modules": ("fc1_latent_proj",)}, "matches nothing"),
-        ({"lora_target_modules": ("lm_head",)}, "matches nothing"),
+        (
+            {"lora_target_modules": ("lm_head",)},
+            r"lm_head carries no LoRA here; train it whole with `lora_modules_to_save: \[lm_head\]`",
+        ),
+        ({"lora_target_modules": ("model.embed_tokens",)}, r"lora_modules_to_save: \[embeddings\]"),
+        ({"lora_target_modules": ("gate",)}, "'gate' matches nothing"),
+        (
+            {"lora_target_linear": True, "lora_modules_to_save": ("gate",)},
+            "'gate' cannot be trained whole beside a LoRA; there are embeddings, lm_head",
+        ),
         ({"lora_target_parameters": ("experts.gate_up_proj",)}, "matches nothing.*experts.up_proj"),
         (
             {"lora_target_modules": ("conv1d",)},
@@ -68,8 +77,33 @@ def test_a_target_that_matches_nothing_is_refused(adapter, message):
 
 def test_scaling():
     section = {"adapter": "lora", "lora_r": 16, "lora_alpha": 8.0}
-    assert scaling_of(AdapterSection(**section)) == 0.5
-    assert scaling_of(AdapterSection(**section, peft_use_rslora=True)) == 2.0
+    assert strength_of(AdapterSection(**section), "x.q_proj") == (16, 0.5)
+    assert strength_of(AdapterSection(**section, peft_use_rslora=True), "x.q_proj") == (16, 2.0)
+    section |= {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 4.0}}
+    assert strength_of(AdapterSection(**section, peft_use_rslora=True), "x.q_proj") == (4, 4.0)
+    assert strength_of(AdapterSection(**section), "x.v_proj") == (16, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (("lm_head",), {"lm_head": "lm_head"}),
+        (("embed_tokens",), {"embeddings": "model.embeddings"}),
+        (("backbone.embeddings", "embedding"), {"embeddings": "model.embeddings"}),
+        (("lm_head", "embeddings"), {"embeddings": "model.embeddings", "lm_head": "lm_head"}),
+    ],
+)
+def test_modules_that_train_whole_go_by_several_names(names, found):
+    model, saved = build(
+        tiny_config(),
+        AdapterSection(adapter="lora", lora_target_modules=("q_proj",), lora_modules_to_save=names),
+        Precision(torch.bfloat16, torch.bfloat16),
+        CPU,
+    )
+    assert saved.saved == found
+    trains = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    assert trains == {f"{path}.weight" for path in found.values()}
+    assert all(model.get_parameter(name).dtype == torch.float32 for name in trains)
 
 
 @pytest.mark.parametrize("latent", [None, 32])

@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from nemo_ray.config.schema import AdapterSection, TrainSection
 from nemo_ray.errors import ConfigError
-from nemo_ray.model.adapter import adapter_state, save_model
+from nemo_ray.model.adapter import adapter_state
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.load import Precision, build, fill
+from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
 from nemo_ray.train.loss import IGNORED, bind_loss, next_token_targets
 from nemo_ray.train.optim import clip_gradients, make_optimizer
@@ -50,6 +51,10 @@ class Case:
 CASES = {
     "lora": Case(ALL_TARGETS),
     "full": Case(),
+    "whole modules and ranks": Case(
+        ALL_TARGETS
+        | {"lora_modules_to_save": ("lm_head", "embeddings"), "rank_pattern": {"experts.up_proj": 6}}
+    ),
     "4-bit": Case(ALL_TARGETS, Precision(linears_4bit=True, experts_4bit=True)),
     "8-bit states": Case(ALL_TARGETS, optimizer="adamw_8bit"),
     # Sums over workers are taken in another order, and bf16 rounds what follows from them.
@@ -124,7 +129,9 @@ def compare_layouts(rank: int, store: str, folder: str, name: str) -> None:
         assert state.keys() == plain.keys() and len(state) > 40
     else:
         base = Path(folder) / "base"
-        save_model(model, model.config, str(base), Path(folder) / "out", torch.float32, write=rank == 0)
+        save_model(
+            model, model.config, SavedBase(str(base)), Path(folder) / "out", torch.float32, write=rank == 0
+        )
     dist.destroy_process_group()
 
 
