@@ -47,18 +47,40 @@ class _ToSlots(torch.autograd.Function):
         return grad[back].unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
 
 
-class _Unsort(torch.autograd.Function):
-    """Sorted slots (S, H) in the tokens' order."""
+class _ReluSquared(torch.autograd.Function):
+    """relu(x)^2, of which only x is kept."""
 
     @staticmethod
-    def forward(ctx, slots: torch.Tensor, order: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(order)
-        return slots[back]
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return F.relu(x).square_()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        (order,) = ctx.saved_tensors
-        return grad[order], None, None
+        (x,) = ctx.saved_tensors
+        return F.relu(x).mul_(grad).mul_(2)
+
+
+class _Combine(torch.autograd.Function):
+    """Sorted slots (S, H) and weights (N, K) to tokens (N, H): sum over k of weight times slot.
+
+    The slots are kept as they came, and nothing of their size beside their gradient is made for it.
+    """
+
+    @staticmethod
+    def forward(ctx, slots: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, back: torch.Tensor):
+        ctx.save_for_backward(slots, weights, order)
+        unsorted = slots[back].unflatten(0, weights.shape)
+        return torch.bmm(weights.unsqueeze(1), unsorted).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        slots, weights, order = ctx.saved_tensors
+        grad_slots = grad[order // weights.shape[1]]
+        grad_weights = torch.empty_like(weights.flatten())
+        grad_weights[order] = torch.bmm(slots.unsqueeze(1), grad_slots.unsqueeze(2)).flatten()
+        grad_slots.mul_(weights.flatten()[order].unsqueeze(1))
+        return grad_slots, grad_weights.view_as(weights), None, None
 
 
 class RoutedExperts(nn.Module):
@@ -97,9 +119,8 @@ class RoutedExperts(nn.Module):
         back = torch.empty_like(order)
         back[order] = torch.arange(order.numel(), device=order.device)
         up = self._project("up", _ToSlots.apply(hidden, order, back, top_k), ends)
-        down = self._project("down", F.relu(up).square(), ends)
-        slots = _Unsort.apply(down, order, back).unflatten(0, (-1, top_k))
-        return torch.bmm(top_k_weights.to(slots.dtype).unsqueeze(1), slots).squeeze(1)
+        down = self._project("down", _ReluSquared.apply(up), ends)
+        return _Combine.apply(down, top_k_weights.to(down.dtype), order, back)
 
     def _project(self, side: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         out = grouped_linear(x, getattr(self, f"{side}_proj"), ends)

@@ -21,11 +21,11 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
         ctx.weight = weight
-        return F.linear(x, weight.dequantize(x.dtype))
+        return F.linear(x, weight.borrow(x.dtype))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        return grad @ ctx.weight.dequantize(grad.dtype), None
+        return grad @ ctx.weight.borrow(grad.dtype), None
 
 
 class _FrozenGroupedLinear(torch.autograd.Function):
@@ -35,12 +35,12 @@ class _FrozenGroupedLinear(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor) -> torch.Tensor:
         ctx.weight = weight
         ctx.save_for_backward(ends)
-        return grouped_matmul(x, weight.dequantize(x.dtype).transpose(-2, -1), ends)
+        return grouped_matmul(x, weight.borrow(x.dtype).transpose(-2, -1), ends)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         (ends,) = ctx.saved_tensors
-        return grouped_matmul(grad, ctx.weight.dequantize(grad.dtype), ends), None, None
+        return grouped_matmul(grad, ctx.weight.borrow(grad.dtype), ends), None, None
 
 
 def grouped_matmul_reference(x: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

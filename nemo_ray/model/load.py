@@ -23,7 +23,7 @@ from nemo_ray.model.init import initial_values
 from nemo_ray.model.linear import BaseLinear
 from nemo_ray.model.lora import LoraTargets, apply_lora, initial_factors, lora_parameters
 from nemo_ray.model.patches import patch_model
-from nemo_ray.model.quant import QuantizedWeight
+from nemo_ray.model.quant import QuantizedWeight, Workspace
 from nemo_ray.model.sharding import local_rows
 
 QUANTIZED_AT_ONCE_BYTES = 256 * 2**20
@@ -58,7 +58,7 @@ class Precision:
     """In what the base is held, and in what it computes.
 
     Attributes:
-        weights: dtype of the base's dense parameters. A_log, D, dt_bias and the router's bias are float32.
+        weights: dtype of the base's dense parameters. A_log, D, dt_bias and the router are float32.
         compute: dtype of the activations.
         linears_4bit, experts_4bit: hold the blocks' linear layers, and the routed experts, in NF4.
     """
@@ -69,7 +69,7 @@ class Precision:
     experts_4bit: bool = False
 
 
-_ALWAYS_FLOAT32 = ("A_log", "D", "dt_bias")
+_ALWAYS_FLOAT32 = (".A_log", ".D", ".dt_bias", ".gate.weight")
 
 
 def build(
@@ -86,7 +86,7 @@ def build(
         model = NemotronHForCausalLM(config)
     # Parameters only: `.to(dtype)` would round the router's float32 bias buffer.
     for name, parameter in model.named_parameters():
-        keep = name.rpartition(".")[2] in _ALWAYS_FLOAT32
+        keep = name.endswith(_ALWAYS_FLOAT32)
         parameter.data = parameter.data.to(torch.float32 if keep else precision.weights)
     patch_model(model, device, precision.compute)
     _quantize(model, precision)
@@ -96,6 +96,7 @@ def build(
 
 def _quantize(model: nn.Module, precision: Precision) -> None:
     """Put 4-bit weights in place of dense ones, on meta."""
+    workspace = Workspace()
     for module in model.modules():
         if precision.linears_4bit and isinstance(module, BaseLinear):
             names: tuple[str, ...] = ("weight",)
@@ -106,7 +107,7 @@ def _quantize(model: nn.Module, precision: Precision) -> None:
         for name in names:
             dense = getattr(module, name)
             delattr(module, name)
-            setattr(module, name, QuantizedWeight(tuple(dense.shape), dense.device))
+            setattr(module, name, QuantizedWeight(tuple(dense.shape), dense.device, workspace))
 
 
 class Checkpoint:

@@ -28,14 +28,19 @@ from nemo_ray.model.linear import BaseLinear, linear
 from nemo_ray.model.ssd import select_split_conv1d_scan
 
 # What the patches rely on: the parameters each upstream forward must take, and the modules that it must hold.
+# Caches and masks are passed on as they come: 5.24 renamed `past_key_values` and `cache_params` to `cache`.
 EXPECTED_FORWARD = {
-    "NemotronHMamba2Mixer": ("hidden_states", "cache_params", "attention_mask"),
-    "NemotronHAttention": ("hidden_states", "attention_mask", "past_key_values"),
+    "NemotronHMamba2Mixer": ("hidden_states",),
+    "NemotronHAttention": ("hidden_states",),
+    "NemotronHMoE": ("hidden_states",),
+    "NemotronHMLP": (),
     "NemotronHExperts": ("hidden_states", "top_k_index", "top_k_weights"),
-    "NemotronHBlock": ("hidden_states", "past_key_values", "attention_mask", "position_ids", "use_cache"),
+    "NemotronHBlock": ("hidden_states",),
 }
+KNOWN_VERSIONS = "the patches know transformers 5.16 to 5.24"
 EXPECTED_CHILDREN = {
-    "NemotronHMamba2Mixer": ("in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj", "chunk_size"),
+    "NemotronHMamba2Mixer": ("in_proj", "conv1d", "dt_bias", "A_log", "D", "norm", "out_proj")
+    + ("chunk_size", "activation", "head_dim", "n_groups"),
     "NemotronHAttention": ("q_proj", "k_proj", "v_proj", "o_proj", "scaling", "head_dim"),
     "NemotronHMoE": ("experts", "gate", "shared_experts", "fc1_latent_proj", "fc2_latent_proj"),
     "NemotronHExperts": ("up_proj", "down_proj"),
@@ -74,6 +79,8 @@ def patch_model(
         elif isinstance(mixer, upstream.NemotronHMoE):
             _check_children(mixer.experts)
             mixer.experts = RoutedExperts(mixer.experts.up_proj, mixer.experts.down_proj)
+        elif not isinstance(mixer, upstream.NemotronHMLP):
+            raise _misfit(f"the patches do not know {type(mixer).__name__}, the mixer of a block")
     model.recompute_blocks = False
     model.compute_dtype = compute_dtype
     model.packed_logits = types.MethodType(packed_logits, model)
@@ -83,20 +90,23 @@ def check_upstream() -> None:
     """Compare the installed nemotron_h with what the patches rely on."""
     for name, wanted in EXPECTED_FORWARD.items():
         cls = getattr(upstream, name, None)
-        found = tuple(inspect.signature(cls.forward).parameters) if cls else ()
+        if cls is None:
+            raise _misfit(f"{upstream.__name__} has no {name}")
+        found = inspect.signature(cls.forward).parameters
         missing = [parameter for parameter in wanted if parameter not in found]
         if missing:
-            raise PatchError(
-                f"transformers {transformers.__version__}: {name}.forward lacks {', '.join(missing)}; "
-                "the patches know transformers 5.16 to 5.23"
-            )
+            raise _misfit(f"{name}.forward lacks {', '.join(missing)}")
 
 
 def _check_children(module: nn.Module) -> None:
     name = type(module).__name__
     missing = [child for child in EXPECTED_CHILDREN.get(name, ()) if not hasattr(module, child)]
     if missing:
-        raise PatchError(f"transformers {transformers.__version__}: {name} has no {', '.join(missing)}")
+        raise _misfit(f"{name} has no {', '.join(missing)}")
+
+
+def _misfit(what: str) -> PatchError:
+    return PatchError(f"transformers {transformers.__version__}: {what}; {KNOWN_VERSIONS}")
 
 
 def _replace_linears(block: nn.Module) -> None:
@@ -107,13 +117,13 @@ def _replace_linears(block: nn.Module) -> None:
 
 
 def _patch_block(block: nn.Module) -> None:
-    original = block.forward
+    original = type(block).forward  # not bound: a deep copy of the block must run on its own weights
 
     def forward(
         self: nn.Module, hidden_states: torch.Tensor, packed: PackedBatch | None = None, **kwargs: object
     ) -> torch.Tensor:
         if packed is None:
-            return original(hidden_states, **kwargs)
+            return original(self, hidden_states, **kwargs)
         inside = rms_norm(hidden_states, self.norm)
         if self.block_type == "linear_attention":
             inside = self.mixer(inside, packed=packed)
@@ -135,13 +145,13 @@ def rms_norm(hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
 
 def _patch_mamba(mixer: nn.Module, scan: Callable[..., torch.Tensor]) -> None:
     mixer.time_step_limit = tuple(mixer.config.time_step_limit)
-    original = mixer.forward
+    original = type(mixer).forward
 
     def forward(
         self: nn.Module, hidden_states: torch.Tensor, packed: PackedBatch | None = None, **kwargs: object
     ) -> torch.Tensor:
         if packed is None:
-            return original(hidden_states, **kwargs)
+            return original(self, hidden_states, **kwargs)
         dtype, bias = hidden_states.dtype, self.conv1d.bias
         y = scan(
             self.in_proj(hidden_states),
@@ -166,13 +176,13 @@ def _patch_mamba(mixer: nn.Module, scan: Callable[..., torch.Tensor]) -> None:
 
 
 def _patch_attention(mixer: nn.Module) -> None:
-    original = mixer.forward
+    original = type(mixer).forward
 
     def forward(
         self: nn.Module, hidden_states: torch.Tensor, packed: PackedBatch | None = None, **kwargs: object
     ) -> tuple[torch.Tensor, None]:
         if packed is None:
-            return original(hidden_states=hidden_states, **kwargs)
+            return original(self, hidden_states=hidden_states, **kwargs)
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         out = packed_attention(
             self.q_proj(hidden_states).view(heads),

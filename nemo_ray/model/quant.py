@@ -48,6 +48,25 @@ def num_groups(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) == 3 else math.gcd(shape[0], MAX_GROUPS)
 
 
+class Workspace:
+    """Memory for one whole weight at a time, the largest of a model: banks of a GiB that came and went would
+    leave holes between smaller tensors."""
+
+    def __init__(self) -> None:
+        self.num_weights = 0
+        self._buffer: torch.Tensor | None = None
+
+    def make_room_for(self, num_weights: int) -> None:
+        """Called for each weight that will use it."""
+        self.num_weights = max(self.num_weights, num_weights)
+
+    def get(self, num_weights: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """(num_weights,) of what the call before this one was given too."""
+        if self._buffer is None or self._buffer.dtype != dtype or self._buffer.device != device:
+            self._buffer = torch.empty(self.num_weights, dtype=dtype, device=device)
+        return self._buffer[:num_weights]
+
+
 class QuantizedWeight(nn.Module):
     """A frozen weight of `shape`, (O, I) or (E, O, I), in 4 bits. Not called: `dequantize` gives its values.
 
@@ -56,12 +75,16 @@ class QuantizedWeight(nn.Module):
     `STORAGE`, where a bfloat16 counts for two bytes.
     """
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], device: torch.device, workspace: Workspace | None = None
+    ) -> None:
         super().__init__()
         self.shape = torch.Size(shape)
         self.num_groups = num_groups(shape)
         self.group_size = self.shape.numel() // self.num_groups
         self.num_blocks = -(-self.group_size // BLOCK)
+        self.workspace = workspace or Workspace()
+        self.workspace.make_room_for(self.num_groups * self.num_blocks * BLOCK)
         scale_blocks = -(-self.num_blocks // SCALE_BLOCK)
         widths = {
             "packed": self.num_blocks * BLOCK // 2,
@@ -74,9 +97,20 @@ class QuantizedWeight(nn.Module):
             self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """The whole weight, of `self.shape`."""
-        packed, codes, nested = (p.view(torch.uint8) for p in (self.packed, self.codes, self.nested))
-        return self._values(packed, codes, nested, dtype).view(self.shape)
+        """The whole weight, of `self.shape`, in memory of its own."""
+        return self._values(*self._stored(), dtype).reshape(self.shape)
+
+    def borrow(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole weight in the model's workspace, where the next call puts another one: to be used in the
+        stream's order at once, and kept by nobody. On a CPU, which needs none, in memory of its own."""
+        if not self.packed.is_cuda:
+            return self.dequantize(dtype)
+        size = self.num_groups * self.num_blocks * BLOCK
+        out = self.workspace.get(size, dtype, self.packed.device)
+        return self._values(*self._stored(), dtype, out).reshape(self.shape)
+
+    def _stored(self) -> tuple[torch.Tensor, ...]:
+        return tuple(p.view(torch.uint8) for p in (self.packed, self.codes, self.nested))
 
     def quantize(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows of (packed, codes, nested), dtype `STORAGE`, for `values` (groups, n) of some of the groups.
@@ -105,9 +139,14 @@ class QuantizedWeight(nn.Module):
         return tuple(rows.view(STORAGE) for rows in stored)
 
     def _values(
-        self, packed: torch.Tensor, codes: torch.Tensor, nested: torch.Tensor, dtype: torch.dtype
+        self,
+        packed: torch.Tensor,
+        codes: torch.Tensor,
+        nested: torch.Tensor,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(groups, n) from rows of bytes."""
+        """(groups, n) from rows of bytes; `out`: where to (groups * b * 64,)."""
         bnb = bitsandbytes().functional
         groups = packed.shape[0]
         scales = nested.view(torch.float32)
@@ -118,7 +157,7 @@ class QuantizedWeight(nn.Module):
             dtype=torch.float32,
         )
         absmax = bnb.dequantize_blockwise(codes.contiguous().view(-1), nested_state).view(groups, -1)
-        absmax = (absmax[:, : self.num_blocks] + scales[:, -1:]).contiguous()
+        absmax = absmax.add_(scales[:, -1:])[:, : self.num_blocks].contiguous()
         # A flat shape: with any other, bitsandbytes 0.50 on a CPU wants rows of a multiple of 64.
         state = bnb.QuantState(
             absmax=absmax.view(-1),
@@ -127,7 +166,7 @@ class QuantizedWeight(nn.Module):
             quant_type="nf4",
             dtype=dtype,
         )
-        flat = bnb.dequantize_4bit(packed.contiguous().view(-1, 1), state)
+        flat = bnb.dequantize_4bit(packed.contiguous().view(-1, 1), state, out=out)
         return flat.view(groups, -1)[:, : self.group_size]
 
     def _check(self, values: torch.Tensor, *stored: torch.Tensor) -> None:

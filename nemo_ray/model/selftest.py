@@ -55,6 +55,14 @@ def self_test(
     model.train()
 
 
+def compile_kernels(model: nn.Module, device: torch.device) -> None:
+    """One forward and backward pass, for which kernels are compiled and tuned: about a minute, once a machine."""
+    model.train()
+    chunk = model.config.chunk_size
+    model.packed_logits(_random_batch(model, (chunk, chunk), device)).sum().backward()
+    model.zero_grad(set_to_none=True)
+
+
 def _random_batch(model: nn.Module, lengths: tuple[int, int], device: torch.device) -> PackedBatch:
     """One pack of two documents; the same on every rank."""
     generator = torch.Generator().manual_seed(7)

@@ -36,19 +36,19 @@ def causal_conv1d(
     Returns: (B, T, D) in x's dtype.
     """
     num_tokens, width = x.shape[1], weight.shape[1]
-    out = x * weight[:, width - 1]
+    compute = torch.promote_types(x.dtype, torch.float32)
+    values, weight = x.to(compute), weight.to(compute)
+    out = values * weight[:, width - 1]
     for lag in range(1, min(width, num_tokens)):
-        earlier = x[:, :-lag] * weight[:, width - 1 - lag]
+        earlier = values[:, :-lag] * weight[:, width - 1 - lag]
         if seq_idx is not None:
             same = seq_idx[:, lag:] == seq_idx[:, :-lag]
             earlier = earlier * same.unsqueeze(-1)
         out = out + F.pad(earlier, (0, 0, lag, 0))
     if bias is not None:
-        out = out + bias
-    if activation == "silu":
-        return F.silu(out)
-    assert activation is None, f"no activation {activation!r}"
-    return out
+        out = out + bias.to(compute)
+    assert activation in (None, "silu"), f"no activation {activation!r}"
+    return (F.silu(out) if activation else out).to(x.dtype)
 
 
 def ssd_scan(
@@ -90,8 +90,7 @@ def ssd_scan(
         dt = dt + dt_bias.to(compute)
     if dt_softplus:
         dt = F.softplus(dt)
-    if dt_limit != (0.0, float("inf")):
-        dt = dt.clamp(*dt_limit)
+    dt = dt.clamp(*dt_limit)
 
     # 1. Cut into chunks. Tokens added at the end have dt = 0: they neither decay nor feed the state.
     length = min(chunk_size, num_tokens)
@@ -138,9 +137,10 @@ def ssd_scan(
     else:
         carried = initial_states.to(compute).view(batch, groups, per_group, head_dim, state)
     incoming = []
-    for chunk in range(chunks):
+    # unbind, not indexing: the gradient of an index is a tensor of all chunks, work quadratic in T.
+    for decay, fed_in in zip(through.unbind(1), left.unbind(1), strict=True):
         incoming.append(carried)
-        carried = carried * through[:, chunk, :, :, None, None] + left[:, chunk]
+        carried = carried * decay[..., None, None] + fed_in
 
     # 4. What the incoming state gives each token.
     states = torch.stack(incoming, dim=1)

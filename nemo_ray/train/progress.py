@@ -18,6 +18,7 @@ PLAIN_INTERVAL_S = 10.0
 _SLOW_POLL_S = 1.0
 _PHASES = {
     "loading": "loading the model",
+    "compiling": "compiling kernels, which takes a minute the first time on a machine",
     "self-test": "checking the model",
     "completing": "completing the prompts",
     "evaluating": "evaluating held-out rows",
@@ -27,7 +28,7 @@ _PHASES = {
     "done": "",
 }
 _ROW_FIGURES = ("step", "loss", "lr", "tokens_per_s")
-BEFORE_TRAINING = ("loading", "self-test")
+BEFORE_TRAINING = ("loading", "compiling", "self-test")
 """Phases before the first evaluation."""
 
 

