@@ -56,7 +56,7 @@ def self_test(
 
 
 def compile_kernels(model: nn.Module, device: torch.device) -> None:
-    """One forward and backward pass, for which kernels are compiled and tuned: about a minute, once a machine."""
+    """One forward and backward pass, for which kernels are compiled and tuned: a minute, once a machine."""
     model.train()
     chunk = model.config.chunk_size
     model.packed_logits(_random_batch(model, (chunk, chunk), device)).sum().backward()

@@ -24,6 +24,7 @@ from nemo_ray.train.optim import AdamW, AdamW8bit
 FULL_DISK_BYTES = 16 * 2**20
 Optimizer = AdamW | AdamW8bit
 _OPTIMIZER = "optimizer/"
+_BY_WORKER = re.compile(rf"{_OPTIMIZER}worker\d+of(\d+)/")  # states that each worker has of its own
 
 
 @dataclass
@@ -109,8 +110,8 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimi
 
 
 def _check_same(folder: Path, wanted: Mapping[str, torch.Tensor], saved: Mapping[str, Any]) -> None:
-    by_worker = {re.match(rf"{_OPTIMIZER}worker\d+of(\d+)/", name) for name in saved} - {None}
-    for count in {match[1] for match in by_worker}:
+    by_worker = {name: match[1] for name in saved if (match := _BY_WORKER.match(name))}
+    for count in by_worker.values():
         if int(count) != dist.get_world_size():
             raise CheckpointError(
                 f"resume_from_checkpoint: {folder} holds 8-bit optimizer states of {count} workers, and "
@@ -124,7 +125,8 @@ def _check_same(folder: Path, wanted: Mapping[str, torch.Tensor], saved: Mapping
                 f"resume_from_checkpoint: {folder} does not fit this config: {name} is "
                 f"{tuple(tensor.shape)}, the checkpoint has {has}"
             )
-    extra = [name for name in saved if name not in wanted and not name.startswith("rng/")]
+    others = {name for name in by_worker if f"/worker{dist.get_rank()}of" not in name}
+    extra = [name for name in saved if name not in wanted.keys() | others and not name.startswith("rng/")]
     if extra:
         raise CheckpointError(
             f"resume_from_checkpoint: {folder} does not fit this config: nothing here takes its {extra[0]}"

@@ -16,7 +16,7 @@ from nemo_ray.model.batch import PackedBatch
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.checkpoint import load_checkpoint
 from nemo_ray.train.loop import Trainee
-from nemo_ray.train.worker import base_dtype, make_trainee
+from nemo_ray.train.worker import base_precision, make_trainee
 from tests.e2e.world import ASSETS, first_lines
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def at_the_start(run: RunDir) -> Trainee:
     """What the run's worker had before its first step, whole in this process."""
     config = Config.model_validate(run.read_run()["config"])
     config = config.model_copy(update={"dp_shard_size": None, "dp_replicate_size": None})
-    trainee, _ = make_trainee(config, CPU, base_dtype(config, CPU))
+    trainee, _ = make_trainee(config, config.base_model, CPU, base_precision(config, CPU))
     return trainee
 
 
