@@ -26,7 +26,8 @@ from nemo_ray.model.patches import patch_model
 from nemo_ray.model.quant import QuantizedWeight, Workspace
 from nemo_ray.model.sharding import local_rows
 
-QUANTIZED_AT_ONCE_BYTES = 256 * 2**20
+# Of values that are quantized together. bitsandbytes' way on a CPU takes some 70 bytes for each value.
+QUANTIZED_AT_ONCE_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
 
 
 def read_model_config(base_model: str) -> NemotronHConfig:
@@ -211,7 +212,8 @@ def _fill_quantized(name: str, weight: QuantizedWeight, rows: Rows, dtype: torch
     stored, first = zip(*(local_rows(p) for p in (weight.packed, weight.codes, weight.nested)), strict=True)
     num_local, first_group = stored[0].shape[0], first[0]
     rows_per_group = weight.shape[0] // weight.num_groups
-    step = max(1, QUANTIZED_AT_ONCE_BYTES // (weight.group_size * dtype.itemsize))
+    at_once_bytes = QUANTIZED_AT_ONCE_BYTES[stored[0].device.type]
+    step = max(1, at_once_bytes // (weight.group_size * dtype.itemsize))
     for start in range(0, num_local, step):
         groups = min(step, num_local - start)
         shape = (groups * rows_per_group, *weight.shape[1:])
