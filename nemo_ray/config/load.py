@@ -15,7 +15,14 @@ from nemo_ray.config.kinds import kinds_of
 from nemo_ray.config.nearest import dotted, unknown_key
 from nemo_ray.config.overrides import apply_override
 from nemo_ray.config.schema import Config, DatasetSpec, RaySection, Section
-from nemo_ray.config.translate import DATASET_KEYS, drop_absent, rename_keys, show, translate
+from nemo_ray.config.translate import (
+    DATASET_KEYS,
+    drop_absent,
+    keys_that_swallowed_a_value,
+    rename_keys,
+    show,
+    translate,
+)
 from nemo_ray.config.yaml_file import read_yaml
 from nemo_ray.errors import ConfigError
 
@@ -44,7 +51,8 @@ def load_config(
     errors = rename_keys(raw)
     for override in overrides:
         errors += apply_override(raw, override)
-    _raise(errors + rename_keys(raw))  # again, for whole sections that overrides have set
+    # Again, for whole sections that overrides have set.
+    _raise([*errors, *rename_keys(raw), *keys_that_swallowed_a_value(raw)])
     adapter_named = "adapter" in raw
     raw = drop_absent(raw)
     found = translate(raw)

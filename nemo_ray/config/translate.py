@@ -48,6 +48,23 @@ def drop_absent(value: Any) -> Any:
     return [drop_absent(item) for item in value] if isinstance(value, list) else value
 
 
+def keys_that_swallowed_a_value(value: Any, path: str = "") -> list[str]:
+    """One line for each `{key:1}`: without a space after the colon YAML reads a longer key, and no value."""
+    if isinstance(value, list):
+        return [line for item in value for line in keys_that_swallowed_a_value(item, path)]
+    if not isinstance(value, dict):
+        return []
+    lines = []
+    for key, item in value.items():
+        name, colon, swallowed = str(key).partition(":")
+        if item is None and colon and swallowed:
+            lines.append(
+                f"{path}{key}: has no value, since YAML wants a space there; write `{name}: {swallowed}`"
+            )
+        lines += keys_that_swallowed_a_value(item, f"{path}{key}.")
+    return lines
+
+
 def canonical_key(key: str) -> str:
     """The one spelling of a dotted key."""
     if key in RENAMED:

@@ -149,6 +149,7 @@ def run(given: argparse.Namespace) -> int:
     from nemo_ray.model.decode import Sampling, generate_tokens
     from nemo_ray.model.inference import load_for_inference
     from nemo_ray.model.load import Precision
+    from nemo_ray.model.ssd import missing_kernels
 
     if given.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: cuda is not available here; use --device cpu")
@@ -161,6 +162,8 @@ def run(given: argparse.Namespace) -> int:
         dtype = torch.bfloat16 if cuda else torch.float32
         precision = Precision(dtype, dtype, linears_4bit=given.load_in_4bit, experts_4bit=given.load_in_4bit)
         model = load_for_inference(str(base), source.adapter, precision, device)
+        if (missing := missing_kernels(device)) is not None:
+            print(f"note: {missing}", file=sys.stderr)
         if not ids or max(ids) >= model.config.vocab_size:
             raise ConfigError(
                 f"PROMPT: its {len(ids)} tokens are none, or beyond the model's {model.config.vocab_size}: "

@@ -9,8 +9,8 @@ C chunks, L tokens a chunk, K conv width, D conv channels.
 Source: Dao and Gu, "Transformers are SSMs" (2024), section 6: the block decomposition of the SSD matrix.
 """
 
-import warnings
 from collections.abc import Callable
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -218,27 +218,32 @@ def split_conv1d_scan(
 
 def select_split_conv1d_scan(device: torch.device) -> Callable[..., torch.Tensor]:
     """The fused kernel on CUDA where mamba-ssm and causal-conv1d are installed, else the torch reference."""
-    if device.type != "cuda":
+    if device.type != "cuda" or missing_kernels(device) is not None:
         return split_conv1d_scan
-    try:
-        import causal_conv1d as _  # noqa: F401
-        from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
-    except ImportError as error:
-        warnings.warn(
-            f"{error.name or error} is not installed: Mamba-2 runs in plain torch on this GPU, exact "
-            "but slower. Install the extra: pip install 'nemo-ray[cuda]'",
-            stacklevel=2,
-        )
-        return split_conv1d_scan
+    from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+
     return mamba_split_conv1d_scan_combined
+
+
+def missing_kernels(device: torch.device) -> str | None:
+    """What to tell a user whose GPU runs the reference, since one of the two kernel packages is not there."""
+    if device.type != "cuda":
+        return None
+    for module in ("causal_conv1d", "mamba_ssm.ops.triton.ssd_combined"):
+        try:
+            import_module(module)
+        except ImportError:
+            return (
+                f"{module.partition('.')[0]} is not installed: Mamba-2 runs in plain torch on this GPU, exact "
+                "but slower; install the extra: pip install 'nemo-ray[cuda]'"
+            )
+    return None
 
 
 def select_chunk_scan(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """`ssd_scan`, or its kernel on CUDA where mamba-ssm is installed, with return_final_states set."""
-    if device.type != "cuda":
+    if device.type != "cuda" or missing_kernels(device) is not None:
         return ssd_scan
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError:  # select_split_conv1d_scan has said what that costs
-        return ssd_scan
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
     return mamba_chunk_scan_combined

@@ -185,13 +185,15 @@ class ProgressDisplay:
     def _tell_model(self) -> None:
         if self._model_shown:
             return
-        model = self._run.read_run().get("model")
-        if model:
+        facts = self._run.read_run()
+        if model := facts.get("model"):
             self._model_shown = True
             share = model["trainable"] / max(1, model["total"])
             self.say(
                 f"model: {model['total']:,} parameters, {model['trainable']:,} of them trained ({share:.2%})"
             )
+            for notice in facts.get("notices", ()):
+                self.say(f"note: {notice}")
 
     def _tell_checkpoints(self) -> None:
         for path in self._run.complete_checkpoints():

@@ -25,6 +25,7 @@ from nemo_ray.model.load import Precision, build, count_parameters, fill, read_m
 from nemo_ray.model.lora import LoraTargets
 from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import compile_kernels, self_test
+from nemo_ray.model.ssd import missing_kernels
 from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import publish_folder, remove_tree
 from nemo_ray.train.checkpoint import TrainState, load_checkpoint
@@ -82,7 +83,9 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
     self_test(trainee.model, targets, device, precision.compute)
     seconds["self_test_s"] = time.monotonic() - began_s
     if rank == 0:
-        run.update_run({"model": count_parameters(trainee.model), "start": seconds})
+        missing = missing_kernels(device)
+        notices = [missing] if missing is not None else []
+        run.update_run({"model": count_parameters(trainee.model), "start": seconds, "notices": notices})
 
     state = TrainState()
     folder = checkpoint_to_resume(config.resume_from_checkpoint, run)

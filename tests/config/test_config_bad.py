@@ -168,6 +168,12 @@ def test_lora_keys_without_adapter(world: Keys) -> None:
     assert line.startswith("adapter: missing, but lora_r, lora_target_linear is given; add `adapter: lora`")
 
 
+def test_a_colon_without_a_space_is_no_silent_key(world: Keys) -> None:
+    keys = world | {"adapter": "lora", "lora_target_linear": True, "rank_pattern": {"q_proj:4": None}}
+    (line,) = errors_of(keys)
+    assert line == "rank_pattern.q_proj:4: has no value, since YAML wants a space there; write `q_proj: 4`"
+
+
 def test_four_bits_without_adapter(world: Keys) -> None:
     (line,) = errors_of(world | {"load_in_4bit": True}, check_support=False)
     assert "needs `adapter: qlora`" in line

@@ -1,4 +1,4 @@
-"""Kernels compile with the first of the configurations that they would be tuned over: minutes become seconds."""
+"""Kernels compile with one of the configurations that they would be tuned over: seconds, not minutes."""
 
 import pytest
 import torch

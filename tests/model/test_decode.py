@@ -257,6 +257,7 @@ def generate_sharded(rank: int, store: str) -> None:
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.long
 def test_a_sharded_model_generates_the_same_and_trains_on(tmp_path):
     context = multiprocessing.get_context("spawn")
     processes = [

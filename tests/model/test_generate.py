@@ -65,6 +65,7 @@ def test_standard_input_is_the_prompt_and_raw_leaves_out_the_template(tokenizer)
     assert f"{len(ids)} tokens read" in done.stderr
 
 
+@pytest.mark.long
 def test_the_text_comes_as_it_is_made_and_stays_after_ctrl_c():
     arguments = ["--model", str(BASE), "--raw", "--max-new-tokens", "100000", "--temperature", "1", "def f("]
     leader, follower = pty.openpty()
@@ -85,6 +86,7 @@ def test_the_text_comes_as_it_is_made_and_stays_after_ctrl_c():
     assert first and "stopped by Ctrl-C" in stderr and "Traceback" not in stderr
 
 
+@pytest.mark.long
 def test_a_reader_that_leaves_is_no_error():
     arguments = ["--model", str(BASE), "--raw", "--max-new-tokens", "100000", "--temperature", "1", "def f("]
     process = subprocess.Popen(

@@ -135,8 +135,13 @@ def compare_layouts(rank: int, store: str, folder: str, name: str) -> None:
     dist.destroy_process_group()
 
 
+SAMPLED = "lora"
+
+
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name == SAMPLED else pytest.param(name, marks=pytest.mark.long) for name in CASES]
+)
 def test_four_processes_equal_one(tmp_path, name):
     base = tmp_path / "base"
     tiny_config(latent=32).save_pretrained(base)
