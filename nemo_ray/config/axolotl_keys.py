@@ -175,7 +175,7 @@ FOREIGN: tuple[Foreign, ...] = (
     ),
     notice(
         "push_dataset_to_hub hf_use_auth_token dataset_push_to_hub",
-        "nothing is uploaded or downloaded in this version",
+        "nothing is uploaded; HF_TOKEN opens gated models",
     ),
     # Adapters.
     refuse(

@@ -234,8 +234,8 @@ def missing_kernels(device: torch.device) -> str | None:
             import_module(module)
         except ImportError:
             return (
-                f"{module.partition('.')[0]} is not installed: Mamba-2 runs in plain torch on this GPU, exact "
-                "but slower; install the extra: pip install 'nemo-ray[cuda]'"
+                f"{module.partition('.')[0]} is not installed: Mamba-2 runs in plain torch on this GPU, "
+                "exact but slower; install the extra `cuda` as the README says"
             )
     return None
 

@@ -175,10 +175,15 @@ def complete_prompts(trainer: Trainer, config: Config, base: str, stage: str) ->
 
     trainer.write_progress("completing", now=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
+    own = config.chat_template != TOKENIZER_DEFAULT
+    template = Path(config.chat_template).read_text(encoding="utf-8") if own else None  # None: the base's
     model, eos = trainer.trainee.model.eval(), frozenset({tokenizer.eos_token_id})
     for prompt in config.completion_prompts:
         ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+            [{"role": "user", "content": prompt}],
+            chat_template=template,
+            add_generation_prompt=True,
+            return_dict=False,
         )
         new_ids = list(generate_tokens(model, ids, config.completion_max_new_tokens, eos))
         if trainer.rank == 0:
