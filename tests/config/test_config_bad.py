@@ -103,7 +103,7 @@ def test_unknown_dataset_keys(world: Keys, key: str, near: str) -> None:
     assert line.startswith(f"datasets.0.{key}: ") and f"{near}?" in line
 
 
-def test_missing_keys() -> None:
+def test_missing_keys(world: Keys) -> None:
     lines = errors_of({})
     assert [line.split(":")[0] for line in lines] == ["base_model", "datasets"]
     assert all("missing; give " in line for line in lines)
