@@ -3,6 +3,8 @@
 They cross Ray's process boundaries, so they carry nothing but their message and survive pickling.
 """
 
+import sys
+
 
 class NemoRayError(Exception):
     """Base of every error that is shown to the user as one line, without a traceback."""
@@ -30,3 +32,10 @@ class PatchError(NemoRayError):
 
 class ClusterError(NemoRayError):
     """The Ray cluster cannot run this job: too few CPUs or GPUs, not reachable, or a worker was lost."""
+
+
+def tell(error: NemoRayError) -> int:
+    """What a command does with such an error: a line each on standard error; returns the exit code."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return error.exit_code

@@ -17,7 +17,7 @@ from nemo_ray.data.order import window_order
 from nemo_ray.data.show import show_examples
 from nemo_ray.data.sources import plan_data
 from nemo_ray.data.statistics import data_statistics, describe
-from nemo_ray.errors import NemoRayError
+from nemo_ray.errors import NemoRayError, tell
 from nemo_ray.run_dir import RunDir
 
 
@@ -46,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _prepare(plan, config)
     except NemoRayError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
+        return tell(error)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from nemo_ray.demo import ASSETS
 from nemo_ray.demo.base import LOSS_TOLERANCE, held_out_loss, rebuild_base
 from nemo_ray.demo.recipe import PYTHON, build, differing_files, differs_from_builder
-from nemo_ray.errors import NemoRayError
+from nemo_ray.errors import NemoRayError, tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="nemo-ray-demo-") as folder:
             return _run(Path(folder) / "assets", True, options.base)
     except NemoRayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return tell(error)
 
 
 def _run(folder: Path, check: bool, base: bool) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_ray.errors import ConfigError, NemoRayError
+from nemo_ray.errors import ConfigError, NemoRayError, tell
 from nemo_ray.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -142,9 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             check_adapter(source.base, read_adapter(source.adapter), _setting(given), _say)
     except NemoRayError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
+        return tell(error)
     except KeyboardInterrupt:
         return 130
     return 0

@@ -10,15 +10,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nemo_ray.errors import ConfigError, NemoRayError
+from nemo_ray.errors import ConfigError, NemoRayError, tell
 from nemo_ray.model.prompt import base_folder, end_ids, find_source, load_tokenizer, prompt_ids, read_text
-
-if TYPE_CHECKING:
-    import torch
-
-    from nemo_ray.model.batch import PackedBatch
 
 READER_LEFT = 128 + 13  # exit code: as a shell gives for SIGPIPE
 
@@ -30,32 +25,6 @@ examples:
 The text goes to standard output, figures go to standard error.
 exit codes: 0 done, 1 the model cannot be loaded or run, 2 wrong arguments, 130 stopped by Ctrl-C
 """
-
-
-def complete_greedily(
-    packed_logits: "Callable[[PackedBatch], torch.Tensor]",
-    prompt_ids: Sequence[int],
-    max_new_tokens: int,
-    eos_ids: frozenset[int],
-    device: "torch.device",
-) -> list[int]:
-    """Token ids that follow `prompt_ids`, without the end token; no cache: each token is a forward of all.
-
-    Every rank must call it with the same prompt where the model is sharded.
-    """
-    import torch
-
-    from nemo_ray.model.batch import PackedBatch
-
-    ids = list(prompt_ids)
-    with torch.no_grad():
-        for _ in range(max_new_tokens):
-            batch = PackedBatch.from_lengths(torch.tensor([ids], device=device), [[len(ids)]])
-            token = int(packed_logits(batch)[0, -1].argmax())
-            if token in eos_ids:
-                break
-            ids.append(token)
-    return ids[len(prompt_ids) :]
 
 
 class TextStream:
@@ -231,9 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_arguments(given)
         return run(given)
     except NemoRayError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
+        return tell(error)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # Python would try once more to write what is left

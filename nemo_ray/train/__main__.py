@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from nemo_ray.errors import NemoRayError
+from nemo_ray.errors import NemoRayError, tell
 
 EPILOG = """\
 examples:
@@ -47,9 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(loaded)
     except NemoRayError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
+        return tell(error)
     except KeyboardInterrupt:
         return 130
 

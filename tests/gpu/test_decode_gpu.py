@@ -6,10 +6,10 @@ import torch
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.decode import Cache, MambaCache, Sampling, generate_tokens, next_logits, read_prompt
-from nemo_ray.model.generate import complete_greedily
 from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.ssd import select_chunk_scan, ssd_scan
 from tests.model.shapes import ALL_TARGETS, randomize_lora, tiny_config
+from tests.model.uncached import complete_greedily
 
 pytestmark = [
     pytest.mark.gpu,

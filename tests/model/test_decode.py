@@ -21,12 +21,12 @@ from nemo_ray.model.decode import (
     read_prompt,
     state_step,
 )
-from nemo_ray.model.generate import complete_greedily
 from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.ssd import ssd_scan
 from nemo_ray.train.loss import bind_loss
 from nemo_ray.train.parallelize import Layout, parallelize
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config, tiny_model
+from tests.model.uncached import complete_greedily
 
 NUM_TOKENS = 75  # chunks are of 16
 NO_END = frozenset({-1})

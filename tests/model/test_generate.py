@@ -19,10 +19,11 @@ from transformers import AutoTokenizer
 from nemo_ray.errors import ConfigError
 from nemo_ray.model import generate, inference
 from nemo_ray.model.decode import generate_tokens
-from nemo_ray.model.generate import TextStream, complete_greedily
+from nemo_ray.model.generate import TextStream
 from nemo_ray.model.load import Precision
 from nemo_ray.model.prompt import end_ids, find_source, load_tokenizer, prompt_ids, read_text
 from tests.model.shapes import CPU, tiny_config, tiny_model
+from tests.model.uncached import complete_greedily
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "nemo_ray/demo/assets/base"
