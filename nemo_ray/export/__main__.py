@@ -206,7 +206,7 @@ def _per_expert(given: argparse.Namespace, adapter_folder: Path) -> None:
     require_output(given.output, num_bytes(adapter))
     with published(given.output) as folder:
         write_per_expert(adapter, folder)
-    _say(f"wrote {given.output}: factors for each expert of {len(adapter.experts)} banks")
+    _say(f"wrote {given.output}: factors for each expert in {len(adapter.experts)} expert weights")
 
 
 def _setting(given: argparse.Namespace) -> "Setting":

