@@ -236,8 +236,8 @@ def missing_kernels(device: torch.device) -> str | None:
         except ImportError:
             return (
                 f"{module.partition('.')[0]} is not installed: Mamba-2 runs in plain torch on this GPU, "
-                f"exact, but a step takes {REFERENCE_SLOWDOWN} times as long; install the extra `cuda` as the "
-                "README says"
+                f"exact, but a step takes {REFERENCE_SLOWDOWN} times as long; install the extra `cuda` as "
+                "the README says"
             )
     return None
 
