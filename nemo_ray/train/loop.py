@@ -1,61 +1,28 @@
 """The run on one worker: read, step, log, evaluate, save. Knows no Ray; it is handed `report`.
 
-The loss of a step is the sum of its token losses divided by its number of target tokens, counted over all
-workers and micro-batches before the first forward pass. So how a step is split never changes its result.
+What a step computes is update.py's; here are its order, its inputs and what is told of it.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.manifest import DataPlan
-from nemo_ray.data.packing import Pack
 from nemo_ray.data.reader import EvalReader, PackReader, StepPacks
-from nemo_ray.model.batch import PackedBatch
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.checkpoint import TrainState, save_checkpoint
-from nemo_ray.train.loss import IGNORED, next_token_targets
+from nemo_ray.train.loss import IGNORED
 from nemo_ray.train.metrics import extend_hash, passed_multiple, peak_memory_bytes
-from nemo_ray.train.optim import AdamW, AdamW8bit, clip_gradients, learning_rate
-from nemo_ray.train.parallelize import Parallel
+from nemo_ray.train.optim import learning_rate
+from nemo_ray.train.update import MicroBatch, Trainee, Update
 
 Report = Callable[[Mapping[str, Any]], None]
 PROGRESS_INTERVAL_S = 0.2
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One forward pass: packs and what their tokens must predict (B, T)."""
-
-    batch: PackedBatch
-    targets: torch.Tensor
-
-    @classmethod
-    def collate(cls, packs: Sequence[Pack], device: torch.device) -> "MicroBatch":
-        """Stack packs of T tokens to (B, T) on `device`."""
-        ids = torch.from_numpy(np.stack([pack.input_ids for pack in packs])).long().to(device)
-        labels = torch.from_numpy(np.stack([pack.labels for pack in packs])).long().to(device)
-        batch = PackedBatch.from_lengths(ids, [pack.lengths.tolist() for pack in packs])
-        return cls(batch, next_token_targets(labels, batch.seq_idx))
-
-
-@dataclass(frozen=True)
-class Trainee:
-    """What is trained, and with what; the base inside `model` may be shared by several of these one day."""
-
-    model: nn.Module
-    parameters: dict[str, nn.Parameter]
-    optimizer: AdamW | AdamW8bit
-    parallel: Parallel
-    device: torch.device
 
 
 class Trainer:
@@ -72,6 +39,7 @@ class Trainer:
     ) -> None:
         self.trainee, self.train, self.plan, self.run_dir, self.report = trainee, train, plan, run, report
         self.state = state
+        self.update = Update(trainee, train)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.eval_loss: float | None = None
         self.started_s = time.monotonic()
@@ -124,7 +92,7 @@ class Trainer:
         if stop:
             return False
         rate = learning_rate(self.train, self.state.step, before, after)
-        loss_sum, grad_norm = self._update(packs.packs, num_targets, rate)
+        loss_sum, grad_norm = self.update(packs.packs, num_targets, rate)
         self.state.step += 1
         self.state.cursor, self.state.epoch = packs.cursor, packs.epoch
         self.state.data_hash = extend_hash(self.state.data_hash, packs.sample_ids)
@@ -135,29 +103,6 @@ class Trainer:
         if self._due(self.train.save_steps, self.train.saves_per_epoch, before, after):
             self.save()
         return True
-
-    def _update(
-        self, packs: Sequence[Pack], num_targets: int, rate: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward, backward and AdamW over this rank's packs; its loss sum, and the gradient norm of all."""
-        trainee, size = self.trainee, self.train.micro_batch_size
-        starts = range(0, len(packs), size)
-        loss_sum = torch.zeros((), device=trainee.device)
-        scale = trainee.parallel.loss_scale / max(1, num_targets)
-        for start in starts:
-            micro = MicroBatch.collate(packs[start : start + size], trainee.device)
-            trainee.parallel.set_last_micro_batch(start == starts[-1])
-            loss = -trainee.model.target_log_probs(micro.batch, micro.targets).sum()
-            (loss * scale).backward()
-            loss_sum += loss.detach()
-        parameters = list(trainee.parameters.values())
-        trainee.parallel.sync_gradients(parameters)
-        grad_norm = clip_gradients(parameters, self.train.max_grad_norm)
-        for group in trainee.optimizer.param_groups:
-            group["lr"] = rate
-        trainee.optimizer.step()
-        trainee.optimizer.zero_grad(set_to_none=True)
-        return loss_sum, grad_norm
 
     @torch.no_grad()
     def evaluate(self) -> float | None:

@@ -29,10 +29,11 @@ from nemo_ray.model.ssd import missing_kernels
 from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import publish_folder, remove_tree
 from nemo_ray.train.checkpoint import TrainState, load_checkpoint
-from nemo_ray.train.loop import Trainee, Trainer
+from nemo_ray.train.loop import Trainer
 from nemo_ray.train.loss import bind_loss
 from nemo_ray.train.optim import make_optimizer
 from nemo_ray.train.parallelize import Layout, parallelize
+from nemo_ray.train.update import Trainee
 
 
 @dataclass(frozen=True)

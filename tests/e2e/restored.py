@@ -15,7 +15,7 @@ from nemo_ray.config.schema import Config
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.checkpoint import load_checkpoint
-from nemo_ray.train.loop import Trainee
+from nemo_ray.train.update import Trainee
 from nemo_ray.train.worker import base_precision, make_trainee
 from tests.e2e.world import ASSETS, first_lines
 
