@@ -1,86 +1,194 @@
 """The routed experts: grouped matmuls over tokens sorted by expert, and LoRA as two more on the factors.
 
 W + BA is never formed: an adapter costs its own rank, not a copy of the bank. No token is dropped, and
-nothing asks the device for a count.
+nothing asks the device for a count. A forward pass leaves to the backward pass the tokens and the up
+projection's output: all else is gathered or multiplied again, and the down projection never.
 
 Shapes: N tokens, K experts a token, S = N*K slots, E experts, H model (or latent) size, I expert size,
-R rank.
+O outputs, R rank.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nemo_ray.model.linear import Weight, grouped_linear
+from nemo_ray.model.activation import relu_squared
+from nemo_ray.model.linear import Deferred, Weight, grouped_matmul, grouped_outer, stand_in, whole
+from nemo_ray.model.quant import QuantizedWeight
+from nemo_ray.model.routing import Slots, combine, sort_slots, spread
 
 ROW_BYTES = 16  # torch's grouped matmul wants rows of a multiple of 16 bytes
 
 
-def dispatch(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort the slots by expert.
+def add_factors_reference_(
+    out: torch.Tensor, inner: torch.Tensor, factors: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """Add to `out` (S, O) in place, rows sorted by expert, `inner` (S, R) times their expert's factors."""
+    return out.add_(grouped_matmul(inner, factors.transpose(-2, -1), ends))
+
+
+def activation_gradient_reference_(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    inner: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    ends: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the gradient of relu(hidden)^2 before the routing weights to that of `hidden`, in place of `grad`.
 
     Args:
-        top_k_index: (N, K) chosen experts.
+        grad: (S, I), of the base; `inner` (S, R) and `factors` (E, I, R) add the adapter's, or are None.
+        hidden: (S, I).
+        weights: (S,) float32, by which a slot's output was multiplied.
 
-    Returns: order (S,), the slot at each sorted position, and ends (E,) int32, where an expert's slots end.
+    Returns: relu(hidden)^2 (S, I), and the gradients of `weights` (S,) in float32 or more.
     """
-    experts = top_k_index.flatten()
-    order = experts.argsort(stable=True)
-    counts = torch.zeros(num_experts, dtype=torch.int32, device=experts.device)
-    counts.scatter_add_(0, experts, torch.ones_like(experts, dtype=torch.int32))
-    return order, counts.cumsum(0, dtype=torch.int32)
+    if inner is not None and factors is not None:
+        add_factors_reference_(grad, inner, factors, ends)
+    compute = torch.promote_types(grad.dtype, torch.float32)
+    relu = F.relu(hidden)
+    activated = relu.square()
+    dots = (activated.to(compute) * grad.to(compute)).sum(-1)
+    grad.mul_(relu).mul_(2 * weights.to(grad.dtype).unsqueeze(-1))
+    return activated, dots
 
 
-class _ToSlots(torch.autograd.Function):
-    """Tokens (N, H) to the rows of their sorted slots (S, H). The gradient gathers too: nothing is added by
-    atomics, and a sum has one order."""
+def add_factors_(
+    out: torch.Tensor, inner: torch.Tensor, factors: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
+    """`add_factors_reference_`, by its kernel on a GPU."""
+    if out.is_cuda:
+        from nemo_ray.model.kernels import grouped_lora
+
+        return grouped_lora.add_factors_(out, inner, factors, ends)
+    return add_factors_reference_(out, inner, factors, ends)
+
+
+def activation_gradient_(
+    grad: torch.Tensor,
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    inner: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    ends: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`activation_gradient_reference_`, by its kernel on a GPU."""
+    if grad.is_cuda:
+        from nemo_ray.model.kernels import grouped_lora
+
+        return grouped_lora.activation_gradient_(grad, hidden, weights, inner, factors, ends)
+    return activation_gradient_reference_(grad, hidden, weights, inner, factors, ends)
+
+
+class _Bank:
+    """One side of the experts, "up" or "down", for products in one dtype: its weight and LoRA factors."""
+
+    def __init__(self, experts: "RoutedExperts", side: str, dtype: torch.dtype) -> None:
+        self.weight: Weight = getattr(experts, f"{side}_proj")
+        self.scaling = experts.scalings[side]
+        A, B = getattr(experts, f"{side}_lora_A"), getattr(experts, f"{side}_lora_B")
+        self.has_lora = A is not None
+        if self.has_lora:
+            self.rank = A.shape[1]
+            padding = -self.rank % (ROW_BYTES // dtype.itemsize)
+            self.A = F.pad(A.to(dtype), (0, 0, 0, padding)) if padding else A.to(dtype)  # (E, R, inputs)
+            self.B = F.pad(B.to(dtype), (0, padding)) if padding else B.to(dtype)  # (E, outputs, R)
+
+    def inner(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """scaling * A x, (S, R)."""
+        return grouped_matmul(x, self.A.transpose(-2, -1), ends) * self.scaling
+
+    def inner_gradient(self, grad: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """The gradient of A x, (S, R)."""
+        return grouped_matmul(grad, self.B, ends) * self.scaling
+
+    def project(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """(S, inputs) -> (S, outputs)."""
+        out = grouped_matmul(x, whole(self.weight, x.dtype).transpose(-2, -1), ends)
+        return add_factors_(out, self.inner(x, ends), self.B, ends) if self.has_lora else out
+
+    def factor_gradients(
+        self, x: torch.Tensor, grad: torch.Tensor, inner: torch.Tensor, grad_inner: torch.Tensor, ends
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of A (E, R, inputs) and B (E, outputs, R) in float32, from what they met."""
+        grad_A = grouped_outer(grad_inner, x, ends)[:, : self.rank]
+        grad_B = grouped_outer(grad, inner, ends)[:, :, : self.rank]
+        return grad_A, grad_B
+
+
+class _UpGradient(torch.autograd.Function):
+    """Tokens (N, H) to the up projection's output at their slots (S, I)."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, order: torch.Tensor, back: torch.Tensor, top_k: int) -> torch.Tensor:
-        ctx.save_for_backward(back)
-        ctx.top_k = top_k
-        return x[order // top_k]
+    def forward(ctx, tokens, weight, lora_A, lora_B, experts: "RoutedExperts", slots: Slots):
+        ctx.save_for_backward(tokens, weight, lora_A, lora_B)
+        ctx.experts, ctx.slots = experts, slots
+        return stand_in(tokens, slots.order.numel(), experts.up_proj.shape[1])
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        (back,) = ctx.saved_tensors
-        return grad[back].unflatten(0, (-1, ctx.top_k)).sum(dim=1), None, None, None
+        tokens, weight, lora_A, lora_B = ctx.saved_tensors
+        slots, ends = ctx.slots, ctx.slots.ends
+        bank = _Bank(ctx.experts, "up", grad.dtype)
+        grad_weight = grad_A = grad_B = grad_inner = None
+        if bank.has_lora or ctx.needs_input_grad[1]:
+            x = at_slots(tokens, slots)
+            if bank.has_lora:
+                grad_inner = bank.inner_gradient(grad, ends)
+                grad_A, grad_B = bank.factor_gradients(x, grad, bank.inner(x, ends), grad_inner, ends)
+                grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = grouped_outer(grad, x, ends).to(weight.dtype)
+            del x
+        grad_tokens = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grouped_matmul(grad, whole(bank.weight, grad.dtype), ends)
+            if bank.has_lora:
+                add_factors_(grad_x, grad_inner, bank.A.transpose(-2, -1), ends)
+            grad_tokens = combine(grad_x, slots.back.view(tokens.shape[0], -1), None)
+        return grad_tokens, grad_weight, grad_A, grad_B, None, None
 
 
-class _ReluSquared(torch.autograd.Function):
-    """relu(x)^2, of which only x is kept."""
+class _DownGradient(torch.autograd.Function):
+    """The up projection's output (S, I) to tokens (N, H): activation, down projection, weighted sum.
 
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return F.relu(x).square_()
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        (x,) = ctx.saved_tensors
-        return F.relu(x).mul_(grad).mul_(2)
-
-
-class _Combine(torch.autograd.Function):
-    """Sorted slots (S, H) and weights (N, K) to tokens (N, H): sum over k of weight times slot.
-
-    The slots are kept as they came, and nothing of their size beside their gradient is made for it.
+    A slot's routing weight is applied to its gradient after the down projection: so the weight's own gradient
+    is a product with what came in, and the slot's output is needed by nobody.
     """
 
     @staticmethod
-    def forward(ctx, slots: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, back: torch.Tensor):
-        ctx.save_for_backward(slots, weights, order)
-        unsorted = slots[back].unflatten(0, weights.shape)
-        return torch.bmm(weights.unsqueeze(1), unsorted).squeeze(1)
+    def forward(ctx, hidden, weights, weight, lora_A, lora_B, experts: "RoutedExperts", slots: Slots):
+        ctx.save_for_backward(hidden, weights, weight, lora_A, lora_B)
+        ctx.experts, ctx.slots = experts, slots
+        return stand_in(hidden, weights.shape[0], experts.down_proj.shape[1])
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        slots, weights, order = ctx.saved_tensors
-        grad_slots = grad[order // weights.shape[1]]
-        grad_weights = torch.empty_like(weights.flatten())
-        grad_weights[order] = torch.bmm(slots.unsqueeze(1), grad_slots.unsqueeze(2)).flatten()
-        grad_slots.mul_(weights.flatten()[order].unsqueeze(1))
-        return grad_slots, grad_weights.view_as(weights), None, None
+        hidden, weights, weight, lora_A, lora_B = ctx.saved_tensors
+        slots, ends = ctx.slots, ctx.slots.ends
+        bank = _Bank(ctx.experts, "down", hidden.dtype)
+        grad_out = at_slots(grad, slots)
+        at_sorted = weights.flatten()[slots.order]
+        grad_hidden = grouped_matmul(grad_out, whole(bank.weight, grad.dtype), ends)
+        grad_inner = bank.inner_gradient(grad_out, ends) if bank.has_lora else None
+        factors = bank.A.transpose(-2, -1) if bank.has_lora else None
+        activated, dots = activation_gradient_(grad_hidden, hidden, at_sorted, grad_inner, factors, ends)
+        grad_weights = dots[slots.back].view_as(weights).to(weights.dtype)
+        scale = at_sorted.to(grad.dtype).unsqueeze(-1)
+        grad_weight = grad_A = grad_B = None
+        if bank.has_lora:
+            inner = bank.inner(activated, ends) * scale
+            grad_A, grad_B = bank.factor_gradients(activated, grad_out, inner, grad_inner * scale, ends)
+            grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_weight = grouped_outer(grad_out, activated.mul_(scale), ends).to(weight.dtype)
+        return grad_hidden, grad_weights, grad_weight, grad_A, grad_B, None, None
+
+
+def at_slots(tokens: torch.Tensor, slots: Slots) -> torch.Tensor:
+    """Rows of tokens (N, H) at their slots, sorted by expert, (S, H)."""
+    return spread(tokens, slots.back, slots.back.numel() // tokens.shape[0])
 
 
 class RoutedExperts(nn.Module):
@@ -111,26 +219,26 @@ class RoutedExperts(nn.Module):
             setattr(self, f"{side}_lora_{name}", nn.Parameter(factor))
 
     def forward(
-        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """hidden (N, H), top_k_index and top_k_weights (N, K) -> (N, H)."""
-        top_k = top_k_index.shape[1]
-        order, ends = dispatch(top_k_index, self.num_experts)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=order.device)
-        up = self._project("up", _ToSlots.apply(hidden, order, back, top_k), ends)
-        down = self._project("down", _ReluSquared.apply(up), ends)
-        return _Combine.apply(down, top_k_weights.to(down.dtype), order, back)
+        """tokens (N, H), top_k_index and top_k_weights (N, K) -> (N, H)."""
+        slots = sort_slots(top_k_index, self.num_experts)
+        product = _UpGradient.apply(tokens, *self._trained("up"), self, slots)
+        hidden = Deferred.apply(product, lambda: self._up(tokens, slots))
+        product = _DownGradient.apply(hidden, top_k_weights, *self._trained("down"), self, slots)
+        return Deferred.apply(product, lambda: self._down(hidden, top_k_weights, slots))
 
-    def _project(self, side: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        out = grouped_linear(x, getattr(self, f"{side}_proj"), ends)
-        lora_A, lora_B = getattr(self, f"{side}_lora_A"), getattr(self, f"{side}_lora_B")
-        if lora_A is None:
-            return out
-        padding = -lora_A.shape[1] % (ROW_BYTES // x.element_size())
-        inner = grouped_linear(x, F.pad(lora_A.to(x.dtype), (0, 0, 0, padding)), ends)
-        inner = inner * self.scalings[side]
-        return out.add_(grouped_linear(inner, F.pad(lora_B.to(x.dtype), (0, padding)), ends))
+    def _trained(self, side: str) -> tuple[torch.Tensor | None, ...]:
+        weight = getattr(self, f"{side}_proj")
+        dense = None if isinstance(weight, QuantizedWeight) else weight
+        return dense, getattr(self, f"{side}_lora_A"), getattr(self, f"{side}_lora_B")
+
+    def _up(self, tokens: torch.Tensor, slots: Slots) -> torch.Tensor:
+        return _Bank(self, "up", tokens.dtype).project(at_slots(tokens, slots), slots.ends)
+
+    def _down(self, hidden: torch.Tensor, weights: torch.Tensor, slots: Slots) -> torch.Tensor:
+        out = _Bank(self, "down", hidden.dtype).project(relu_squared(hidden), slots.ends)
+        return combine(out, slots.back, weights)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, up_proj {tuple(self.up_proj.shape)}"

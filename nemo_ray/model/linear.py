@@ -6,6 +6,8 @@ where it is used. A 4-bit weight is made whole for one product, forward and agai
 Shapes: I inputs, O outputs, S rows sorted by expert, E experts.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,32 +17,45 @@ from nemo_ray.model.quant import QuantizedWeight
 Weight = nn.Parameter | QuantizedWeight
 
 
+def whole(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """The values of `weight` for one product at once: a 4-bit weight lies where the next one will."""
+    return weight.borrow(dtype) if isinstance(weight, QuantizedWeight) else weight.to(dtype)
+
+
 class _FrozenLinear(torch.autograd.Function):
-    """x @ W.T with a W that trains not: nothing is saved, W is made again for the gradient of x."""
+    """x @ W.T with a 4-bit W: nothing is saved, W is made again for the gradient of x."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
         ctx.weight = weight
-        return F.linear(x, weight.borrow(x.dtype))
+        return F.linear(x, whole(weight, x.dtype))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        return grad @ ctx.weight.borrow(grad.dtype), None
+        return grad @ whole(ctx.weight, grad.dtype), None
 
 
-class _FrozenGroupedLinear(torch.autograd.Function):
-    """The same of a bank (E, O, I) and rows sorted by expert."""
+class Deferred(torch.autograd.Function):
+    """The values of a result whose gradient another function owns.
+
+    Such a function saves its inputs and returns a `stand_in` of the result's shape, without having computed
+    anything; `Deferred.apply(stand_in, compute)` then has `compute()` in its place. Recomputation (torch's
+    checkpoint) stops as soon as all that was saved is there again: so a product that nothing needs again, the
+    last one of a block, is not taken a second time.
+    """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: QuantizedWeight, ends: torch.Tensor) -> torch.Tensor:
-        ctx.weight = weight
-        ctx.save_for_backward(ends)
-        return grouped_matmul(x, weight.borrow(x.dtype).transpose(-2, -1), ends)
+    def forward(ctx, stand_in: torch.Tensor, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return compute()
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        (ends,) = ctx.saved_tensors
-        return grouped_matmul(grad, ctx.weight.borrow(grad.dtype), ends), None, None
+        return grad, None
+
+
+def stand_in(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """A tensor of `shape` that takes no memory and has no values."""
+    return like.new_empty(()).expand(shape)
 
 
 def grouped_matmul_reference(x: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -60,6 +75,17 @@ def grouped_matmul(x: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) 
     return torch._grouped_mm(x.contiguous(), matrices, offs=ends)
 
 
+def grouped_outer(x: torch.Tensor, y: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The sum over an expert's rows of x's row times y's: (S, O) and (S, I), sorted by expert, to (E, O, I).
+
+    Zero for an expert without rows.
+    """
+    if x.dtype == torch.float64:
+        starts = [0, *ends.tolist()[:-1]]
+        return torch.stack([x[a:b].T @ y[a:b] for a, b in zip(starts, ends.tolist(), strict=True)])
+    return torch._grouped_mm(x.contiguous().T, y.contiguous(), offs=ends)
+
+
 def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """(..., I) times `weight` (O, I) plus `bias` (O,), in x's dtype."""
     if bias is not None:
@@ -68,13 +94,6 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
         out = _FrozenLinear.apply(x, weight)
         return out if bias is None else out + bias
     return F.linear(x, weight.to(x.dtype), bias)
-
-
-def grouped_linear(x: torch.Tensor, weight: Weight, ends: torch.Tensor) -> torch.Tensor:
-    """Rows of x (S, I), sorted by expert, times their expert's weight (E, O, I), giving (S, O)."""
-    if isinstance(weight, QuantizedWeight):
-        return _FrozenGroupedLinear.apply(x, weight, ends)
-    return grouped_matmul(x, weight.to(x.dtype).transpose(-2, -1), ends)
 
 
 class BaseLinear(nn.Module):

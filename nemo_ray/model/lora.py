@@ -20,9 +20,32 @@ from torch import nn
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.model.experts import RoutedExperts
 from nemo_ray.model.init import draw_rows, generator_of
-from nemo_ray.model.linear import BaseLinear, linear
+from nemo_ray.model.linear import BaseLinear, Deferred, linear, stand_in, whole
 from nemo_ray.model.sharding import local_rows
 from nemo_ray.targets import find_targets, saved_modules, strength_of
+
+
+class _LoraGradient(torch.autograd.Function):
+    """What a LoraLinear computes, as far as autograd sees it: keeps x and makes the rest again."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, layer: "LoraLinear"):
+        ctx.save_for_backward(x, lora_A, lora_B)
+        ctx.layer = layer
+        return stand_in(x, *x.shape[:-1], layer.out_features)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        x, lora_A, lora_B = ctx.saved_tensors
+        scaling = ctx.layer.scaling
+        grad_rows, rows = grad.flatten(0, -2), x.flatten(0, -2)
+        A, B = lora_A.to(grad.dtype), lora_B.to(grad.dtype)
+        inner, grad_inner = rows @ A.T * scaling, grad_rows @ B * scaling
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_rows @ whole(ctx.layer.weight, grad.dtype)).addmm_(grad_inner, A).view_as(x)
+        grad_A, grad_B = grad_inner.T @ rows, grad_rows.T @ inner
+        return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None
 
 
 class LoraLinear(BaseLinear):
@@ -37,8 +60,17 @@ class LoraLinear(BaseLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., I) -> (..., O)."""
-        inner = linear(F.dropout(x, self.dropout, self.training), self.lora_A)
-        return super().forward(x).add_(linear(inner * self.scaling, self.lora_B))
+        if self.dropout and self.training:
+            inner = linear(F.dropout(x, self.dropout), self.lora_A) * self.scaling
+            return super().forward(x).add_(linear(inner, self.lora_B))
+        product = _LoraGradient.apply(x, self.lora_A, self.lora_B, self)
+        return Deferred.apply(product, lambda: self._product(x))
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        out = super().forward(x)
+        inner = x.flatten(0, -2) @ self.lora_A.to(x.dtype).T * self.scaling
+        out.flatten(0, -2).addmm_(inner, self.lora_B.to(x.dtype).T)
+        return out
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling}"
@@ -87,6 +119,7 @@ def apply_lora(model: nn.Module, adapter: AdapterSection) -> LoraTargets:
         frozen = module.weight
         module.weight = nn.Parameter(torch.empty(frozen.shape, device=frozen.device, dtype=torch.float32))
     model.lora_init = adapter.peft_init_lora_weights
+    model.draws_numbers = adapter.lora_dropout > 0
     return LoraTargets(tuple(modules), tuple(parameters), saved)
 
 

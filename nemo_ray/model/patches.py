@@ -21,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.nemotron_h import modeling_nemotron_h as upstream
 
 from nemo_ray.errors import PatchError
+from nemo_ray.model.activation import ReluSquared
 from nemo_ray.model.attention import packed_attention
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.experts import RoutedExperts
 from nemo_ray.model.linear import BaseLinear, linear
+from nemo_ray.model.routing import route
 from nemo_ray.model.ssd import select_split_conv1d_scan
 
 # What the patches rely on: the parameters each upstream forward must take, and the modules that it must hold.
@@ -44,6 +46,9 @@ EXPECTED_CHILDREN = {
     "NemotronHAttention": ("q_proj", "k_proj", "v_proj", "o_proj", "scaling", "head_dim"),
     "NemotronHMoE": ("experts", "gate", "shared_experts", "fc1_latent_proj", "fc2_latent_proj"),
     "NemotronHExperts": ("up_proj", "down_proj"),
+    "NemotronHTopkRouter": ("weight", "e_score_correction_bias", "top_k", "num_group", "topk_group")
+    + ("norm_topk_prob", "routed_scaling_factor"),
+    "NemotronHMLP": ("up_proj", "down_proj", "act_fn"),
     "NemotronHBlock": ("norm", "mixer", "block_type"),
 }
 
@@ -56,8 +61,8 @@ def patch_model(
     Args:
         compute_dtype: of the activations; parameters may be of another one.
 
-    Adds the method `packed_logits(batch)` and the switch `recompute_blocks` (recompute activations in the
-    backward pass of training); plain calls of `model` go on as upstream has them.
+    Adds the method `packed_logits(batch)`, and to each block the switch `recompute` (make its activations
+    again in the backward pass of training); plain calls of `model` go on as upstream has them.
     Raises: PatchError where the installed transformers does not look as the patches expect.
     """
     check_upstream()
@@ -78,10 +83,14 @@ def patch_model(
             _patch_attention(mixer)
         elif isinstance(mixer, upstream.NemotronHMoE):
             _check_children(mixer.experts)
-            mixer.experts = RoutedExperts(mixer.experts.up_proj, mixer.experts.down_proj)
-        elif not isinstance(mixer, upstream.NemotronHMLP):
+            _check_children(mixer.gate)
+            _patch_moe(mixer)
+        elif isinstance(mixer, upstream.NemotronHMLP):
+            mixer.act_fn = ReluSquared()
+        else:
             raise _misfit(f"the patches do not know {type(mixer).__name__}, the mixer of a block")
-    model.recompute_blocks = False
+        block.recompute = False
+    model.draws_numbers = False  # dropout does, which a second forward pass has to repeat
     model.compute_dtype = compute_dtype
     model.packed_logits = types.MethodType(packed_logits, model)
 
@@ -129,7 +138,9 @@ def _patch_block(block: nn.Module) -> None:
             inside = self.mixer(inside, packed=packed)
         elif self.block_type == "full_attention":
             inside, _ = self.mixer(inside, packed=packed)
-        else:
+        elif self.block_type == "moe":
+            inside = self.mixer(inside, packed=packed)
+        else:  # mlp
             inside = self.mixer(inside)
         return hidden_states + inside
 
@@ -196,6 +207,32 @@ def _patch_attention(mixer: nn.Module) -> None:
     mixer.forward = types.MethodType(forward, mixer)
 
 
+def _patch_moe(mixer: nn.Module) -> None:
+    mixer.experts = RoutedExperts(mixer.experts.up_proj, mixer.experts.down_proj)
+    mixer.shared_experts.act_fn = ReluSquared()
+    original = type(mixer).forward
+
+    def forward(
+        self: nn.Module, hidden_states: torch.Tensor, packed: PackedBatch | None = None
+    ) -> torch.Tensor:
+        if packed is None:
+            return original(self, hidden_states)
+        gate, tokens = self.gate, hidden_states.flatten(0, 1)
+        weights, experts = route(
+            F.linear(tokens.float(), gate.weight.float()),
+            gate.e_score_correction_bias,
+            gate.top_k,
+            gate.num_group,
+            gate.topk_group,
+            gate.norm_topk_prob,
+            gate.routed_scaling_factor,
+        )
+        routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), experts, weights))
+        return self.shared_experts(hidden_states) + routed.view_as(hidden_states)
+
+    mixer.forward = types.MethodType(forward, mixer)
+
+
 def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
     """Final hidden states (B, T, H) of packed documents, after the last norm, in `model.compute_dtype`.
 
@@ -204,8 +241,10 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
     """
     hidden = model.model.embeddings(batch.input_ids).to(model.compute_dtype)
     for block in model.model.layers:
-        if model.recompute_blocks and model.training:
-            hidden = checkpoint(block, hidden, packed=batch, use_reentrant=False)
+        if block.recompute and model.training:
+            hidden = checkpoint(
+                block, hidden, packed=batch, use_reentrant=False, preserve_rng_state=model.draws_numbers
+            )
         else:
             hidden = block(hidden, packed=batch)
     return rms_norm(hidden, model.model.norm_f)

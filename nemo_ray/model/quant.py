@@ -1,8 +1,8 @@
 """Frozen weights in 4 bits: NF4 with double quantization, of linear layers and of 3-D expert banks alike.
 
-The arithmetic is bitsandbytes'; the storage is ours: one row of bytes for each group of weights, in three
-frozen parameters, so that FSDP2 shards a bank by experts (a linear layer by groups of output rows) and a rank
-quantizes only what it holds. A weight takes 4.127 bits.
+The arithmetic is bitsandbytes', which a kernel of ours repeats bit for bit on a GPU; the storage is ours: one
+row of bytes for each group of weights, in three frozen parameters, so that FSDP2 shards a bank by experts (a
+linear layer by groups of output rows) and a rank quantizes only what it holds. A weight takes 4.127 bits.
 
 Shapes: G groups, n weights a group, b = ceil(n / 64) blocks of a group, k = ceil(b / 256).
 Source: Dettmers et al., "QLoRA" (2023), section 3.
@@ -38,7 +38,13 @@ def bitsandbytes() -> ModuleType:
 
 
 @cache
-def _scale_code(device: torch.device) -> torch.Tensor:
+def _weight_values(device: torch.device) -> torch.Tensor:
+    """The 16 values that a weight's half byte stands for."""
+    return bitsandbytes().functional.get_4bit_type("nf4", device=device)
+
+
+@cache
+def _scale_values(device: torch.device) -> torch.Tensor:
     """The 256 values that a scale's byte stands for."""
     return bitsandbytes().functional.create_dynamic_map().to(device)
 
@@ -84,7 +90,7 @@ class QuantizedWeight(nn.Module):
         self.group_size = self.shape.numel() // self.num_groups
         self.num_blocks = -(-self.group_size // BLOCK)
         self.workspace = workspace or Workspace()
-        self.workspace.make_room_for(self.num_groups * self.num_blocks * BLOCK)
+        self.workspace.make_room_for(self.shape.numel())
         scale_blocks = -(-self.num_blocks // SCALE_BLOCK)
         widths = {
             "packed": self.num_blocks * BLOCK // 2,
@@ -96,6 +102,15 @@ class QuantizedWeight(nn.Module):
             stored = torch.empty(size, dtype=STORAGE, device=device)
             self.register_parameter(name, nn.Parameter(stored, requires_grad=False))
 
+    def _apply(self, fn, recurse: bool = True):
+        """As of any module, but a cast leaves the bytes, also where they are called bfloat16."""
+
+        def keep(stored: torch.Tensor) -> torch.Tensor:
+            made = fn(stored)
+            return made if made.dtype == stored.dtype else stored.to(made.device)
+
+        return super()._apply(keep, recurse)
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole weight, of `self.shape`, in memory of its own."""
         return self._values(*self._stored(), dtype).reshape(self.shape)
@@ -105,9 +120,8 @@ class QuantizedWeight(nn.Module):
         stream's order at once, and kept by nobody. On a CPU, which needs none, in memory of its own."""
         if not self.packed.is_cuda:
             return self.dequantize(dtype)
-        size = self.num_groups * self.num_blocks * BLOCK
-        out = self.workspace.get(size, dtype, self.packed.device)
-        return self._values(*self._stored(), dtype, out).reshape(self.shape)
+        out = self.workspace.get(self.shape.numel(), dtype, self.packed.device)
+        return self._values(*self._stored(), dtype, out).view(self.shape)
 
     def _stored(self) -> tuple[torch.Tensor, ...]:
         return tuple(p.view(torch.uint8) for p in (self.packed, self.codes, self.nested))
@@ -115,7 +129,8 @@ class QuantizedWeight(nn.Module):
     def quantize(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows of (packed, codes, nested), dtype `STORAGE`, for `values` (groups, n) of some of the groups.
 
-        Raises: PatchError where the values do not come back: the installed bitsandbytes is not to be trusted.
+        Raises: PatchError where what a product will take is not near the values: an installed library is not
+            to be trusted.
         """
         bnb = bitsandbytes().functional
         groups, size = values.shape
@@ -128,7 +143,7 @@ class QuantizedWeight(nn.Module):
         width = self.codes.shape[1] * STORAGE.itemsize
         centred = F.pad(scales - offsets[:, None], (0, width - self.num_blocks)).contiguous()
         codes, nested = bnb.quantize_blockwise(
-            centred.view(-1), code=_scale_code(values.device), blocksize=SCALE_BLOCK
+            centred.view(-1), code=_scale_values(values.device), blocksize=SCALE_BLOCK
         )
         stored = (
             packed.view(groups, -1),
@@ -146,13 +161,27 @@ class QuantizedWeight(nn.Module):
         dtype: torch.dtype,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(groups, n) from rows of bytes; `out`: where to (groups * b * 64,)."""
+        """(groups, n) from rows of bytes; `out`: where to (groups * n,), for a GPU only."""
+        if not packed.is_cuda:
+            return self._values_reference(packed, codes, nested, dtype)
+        from nemo_ray.model.kernels.nf4 import dequantize
+
+        device = packed.device
+        if out is None:
+            out = torch.empty(packed.shape[0] * self.group_size, dtype=dtype, device=device)
+        values = _weight_values(device), _scale_values(device)
+        return dequantize(packed, codes, nested, *values, out.view(packed.shape[0], -1))
+
+    def _values_reference(
+        self, packed: torch.Tensor, codes: torch.Tensor, nested: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """`_values` by bitsandbytes, on any device."""
         bnb = bitsandbytes().functional
         groups = packed.shape[0]
         scales = nested.view(torch.float32)
         nested_state = bnb.QuantState(
             absmax=scales[:, :-1].contiguous().view(-1),  # bitsandbytes reads past strides
-            code=_scale_code(packed.device),
+            code=_scale_values(packed.device),
             blocksize=SCALE_BLOCK,
             dtype=torch.float32,
         )
@@ -166,17 +195,18 @@ class QuantizedWeight(nn.Module):
             quant_type="nf4",
             dtype=dtype,
         )
-        flat = bnb.dequantize_4bit(packed.contiguous().view(-1, 1), state, out=out)
+        flat = bnb.dequantize_4bit(packed.contiguous().view(-1, 1), state)
         return flat.view(groups, -1)[:, : self.group_size]
 
     def _check(self, values: torch.Tensor, *stored: torch.Tensor) -> None:
         first = values[:1].float()
-        back = self._values(*(rows[:1] for rows in stored), torch.float32)
+        back = self._values(*(rows[:1] for rows in stored), values.dtype).float()
         error = float((back - first).norm() / first.norm().clamp(min=1e-30))
         if not error <= MAX_ERROR:
             raise PatchError(
                 f"bitsandbytes {bitsandbytes().__version__} on {values.device.type}: a weight comes back "
-                f"from 4 bits with {error:.3f} of its norm lost (at most {MAX_ERROR}); try another version"
+                f"from 4 bits with {error:.3f} of its norm lost (at most {MAX_ERROR}); try another version "
+                "(on a GPU, of triton too)"
             )
 
     def extra_repr(self) -> str:

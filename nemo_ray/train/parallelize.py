@@ -68,14 +68,16 @@ class Parallel:
             gradient.copy_(part.view_as(gradient))
 
 
-def parallelize(
-    model: nn.Module, layout: Layout, device: torch.device, gradient_checkpointing: bool
-) -> Parallel:
+def parallelize(model: nn.Module, layout: Layout, device: torch.device, recompute: bool) -> Parallel:
     """Lay a model that is still on meta over the workers, in place.
+
+    Args:
+        recompute: whether every block makes its activations again in the backward pass.
 
     Its methods `packed_logits` and `target_log_probs` may then be called on every worker together.
     """
-    model.recompute_blocks = gradient_checkpointing
+    for block in model.model.layers:
+        block.recompute = recompute
     world_size = layout.replicate * layout.shard
     if layout.shard > 1:
         if layout.replicate > 1:

@@ -240,7 +240,7 @@ def generate_sharded(rank: int, store: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     model, _ = build(tiny_config(latent=32), AdapterSection(**ALL_TARGETS), Precision(), CPU)
     bind_loss(model)
-    parallel = parallelize(model, Layout(1, 2), CPU, gradient_checkpointing=False)
+    parallel = parallelize(model, Layout(1, 2), CPU, recompute=False)
     assert parallel.sharded
     fill(model, None, seed=3, device=CPU, adapter_seed=3)
     for name, parameter in model.named_parameters():

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from nemo_ray.model.experts import RoutedExperts, dispatch
+from nemo_ray.model.experts import RoutedExperts
 from nemo_ray.model.linear import grouped_matmul, grouped_matmul_reference
 
 N, K, E, H, I = 50, 3, 8, 16, 12  # noqa: E741
@@ -74,16 +76,32 @@ def test_an_expert_without_tokens_gets_a_zero_gradient():
         assert parameter.grad is not None and not parameter.grad[1:].any(), name
 
 
-def test_dispatch_sorts_by_expert_and_counts():
-    index = torch.tensor([[2, 0], [2, 3], [0, 2]])
-    order, ends = dispatch(index, 5)
-    assert index.flatten()[order].tolist() == [0, 0, 2, 2, 2, 3]
-    assert order.tolist() == [1, 4, 0, 2, 5, 3], "stable"
-    assert ends.tolist() == [2, 2, 5, 6, 6] and ends.dtype == torch.int32
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_matmul_equals_its_reference(dtype):
     x, matrices = torch.randn(20, H).to(dtype), torch.randn(E, H, 8).to(dtype)
     ends = torch.tensor([0, 5, 5, 9, 20, 20, 20, 20], dtype=torch.int32)
     torch.testing.assert_close(grouped_matmul(x, matrices, ends), grouped_matmul_reference(x, matrices, ends))
+
+
+class _CountedProducts(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op is torch.ops.aten._grouped_mm.default
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, 2 + 1 + 2), (4, 6 + 3 + 2 + 2 * 5)])
+def test_recomputation_never_takes_the_down_projection_again(rank, expected):
+    """Forward, again (up alone), and backward: the gradient of what came in, and with LoRA five products on
+    each side's factors: its own, those of both factors, what A gave and what comes back through B."""
+    experts = bank(rank, torch.float32)
+    for name in ("up_proj", "down_proj"):
+        getattr(experts, name).requires_grad_(False)
+    tokens = torch.randn(N, H, requires_grad=True)
+    index = torch.stack([torch.randperm(E)[:K] for _ in range(N)])
+    with _CountedProducts() as products:
+        checkpoint(experts, tokens, index, torch.rand(N, K), use_reentrant=False).sum().backward()
+    assert products.count == expected

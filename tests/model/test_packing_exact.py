@@ -29,7 +29,8 @@ def logits_and_gradients(model, packs: list[tuple[torch.Tensor, list[int]]]):
 @pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES.keys())
 def test_packed_equals_separate(config, adapter, checkpointing, mode):
     model = tiny_model(config, adapter).train(mode == "train")
-    model.recompute_blocks = checkpointing
+    for block in model.model.layers:
+        block.recompute = checkpointing
     ids = torch.randint(0, config.vocab_size, (64,), generator=torch.Generator().manual_seed(1))
     for lengths in LAYOUTS:
         packed, packed_grads = logits_and_gradients(model, [(ids, lengths)])

@@ -8,7 +8,7 @@ from nemo_ray.errors import PatchError
 from nemo_ray.model import quant
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.experts import RoutedExperts
-from nemo_ray.model.linear import BaseLinear, grouped_linear, linear
+from nemo_ray.model.linear import BaseLinear, linear
 from nemo_ray.model.load import Precision, build, count_parameters, fill
 from nemo_ray.model.lora import lora_parameters
 from nemo_ray.model.quant import QuantizedWeight, bitsandbytes
@@ -45,14 +45,15 @@ def test_values_come_back_as_nf4_gives_them(shape, storage, monkeypatch):
 def test_each_group_is_what_bitsandbytes_makes_of_it():
     values = draw(4, 96, 64)
     weight, bnb = quantized(values), bitsandbytes().functional
+    rows, codes = weight.packed.view(torch.uint8), weight.codes.view(torch.uint8)
     back = weight.dequantize(torch.bfloat16)
     for expert in range(4):
         packed, state = bnb.quantize_4bit(
             values[expert].flatten(), compress_statistics=True, quant_type="nf4", blocksize=64
         )
         state.dtype = torch.bfloat16
-        assert torch.equal(packed.flatten(), weight.packed[expert])
-        assert torch.equal(state.absmax, weight.codes[expert, : state.absmax.numel()])
+        assert torch.equal(packed.flatten(), rows[expert])
+        assert torch.equal(state.absmax, codes[expert, : state.absmax.numel()])
         assert torch.equal(bnb.dequantize_4bit(packed, state).view(96, 64), back[expert])
 
 
@@ -64,31 +65,31 @@ def test_a_weight_takes_little_more_than_four_bits():
 
 
 def test_products_and_gradients_equal_those_of_the_dense_values():
-    flat, bank = quantized(draw(160, 64)), quantized(draw(8, 96, 64))
+    flat, up, down = quantized(draw(160, 64)), quantized(draw(8, 96, 64)), quantized(draw(8, 64, 96, seed=3))
     x, bias = draw(20, 64, seed=1), draw(160, seed=2)
-    ends = torch.tensor([0, 3, 3, 9, 12, 20, 20, 20], dtype=torch.int32)
+    choice = draw(20, 8, seed=4).topk(2)
     results = []
-    for one, many in (
-        (flat, bank),
-        (torch.nn.Parameter(flat.dequantize(x.dtype)), torch.nn.Parameter(bank.dequantize(x.dtype))),
+    for one, *banks in (
+        (flat, up, down),
+        [torch.nn.Parameter(weight.dequantize(x.dtype)) for weight in (flat, up, down)],
     ):
-        inputs = x.clone().requires_grad_()
-        out = linear(inputs, one, bias).sin().sum() + grouped_linear(inputs, many, ends).cos().sum()
+        inputs, weights = x.clone().requires_grad_(), choice.values.clone().requires_grad_()
+        tokens = RoutedExperts(*banks)(inputs, choice.indices, weights)
+        out = linear(inputs, one, bias).sin().sum() + tokens.cos().sum()
         out.backward()
-        results.append((out.detach(), inputs.grad))
+        results.append((out.detach(), inputs.grad, weights.grad))
     for ours, dense in zip(*results, strict=True):
         torch.testing.assert_close(ours, dense, rtol=1e-5, atol=1e-4)
 
 
 def test_a_product_keeps_no_dense_weight_for_its_gradient():
-    """What autograd saves of a 4-bit product is less than a tenth of the dense weight."""
-    bank = quantized(draw(8, 96, 64))
-    x = draw(20, 64).requires_grad_()
-    ends = torch.tensor([3, 3, 9, 12, 20, 20, 20, 20], dtype=torch.int32)
+    """What autograd saves of 4-bit experts is less than a tenth of their dense weights."""
+    experts = RoutedExperts(quantized(draw(8, 96, 64)), quantized(draw(8, 64, 96)))
+    x, choice = draw(5, 64).requires_grad_(), draw(5, 8, seed=1).topk(2)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
-        grouped_linear(x, bank, ends)
-    assert sum(saved) < bank.shape.numel() * 4 / 10
+        experts(x, choice.indices, choice.values)
+    assert 0 < sum(saved) < 2 * experts.up_proj.shape.numel() * 4 / 10
 
 
 @pytest.mark.parametrize("latent", [None, 32])
@@ -133,9 +134,14 @@ def test_a_library_that_gives_back_something_else_is_refused(monkeypatch):
         quantized(draw(64, 64))
 
 
-def test_casting_the_model_leaves_the_bytes():
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_casting_the_model_leaves_the_bytes(storage, monkeypatch):
+    monkeypatch.setattr(quant, "STORAGE", storage)
     model, _ = build(tiny_config(), AdapterSection(), FOUR_BIT, CPU)
     fill(model, None, seed=3, device=CPU, adapter_seed=3)
-    before = {name: p.clone() for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    weights = [module for module in model.modules() if isinstance(module, QuantizedWeight)]
+    before = [[rows.clone() for rows in weight._stored()] for weight in weights]
     model.to(torch.bfloat16).float()
-    assert before and all(torch.equal(p, dict(model.named_parameters())[n]) for n, p in before.items())
+    assert model.dtype == torch.float32 and len(weights) > 10
+    for weight, rows in zip(weights, before, strict=True):
+        assert all(map(torch.equal, weight._stored(), rows))

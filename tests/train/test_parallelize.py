@@ -123,7 +123,8 @@ def compare_layouts(rank: int, store: str, folder: str, name: str) -> None:
                 off = float((whole(ours) - plain.detach()).norm() / plain.detach().norm())
                 assert off < case.weights, f"{name} {layout} {key} {off:.1e}"
             else:
-                assert torch.equal(whole(ours), plain), key
+                # As bytes: what is in 4 bits may be called bfloat16, and then some of it is no number.
+                assert torch.equal(whole(ours).view(torch.uint8), plain.view(torch.uint8)), key
     if case.adapter:
         state, plain = adapter_state(model), adapter_state(reference)
         assert state.keys() == plain.keys() and len(state) > 40
