@@ -105,7 +105,7 @@ FOREIGN: tuple[Foreign, ...] = (
     ),
     notice(
         "torch_compile torch_compile_backend torch_compile_mode torch_compile_options "
-        "torch_compile_dynamic deepcompile torch_dtype cuda_graphs",
+        "torch_compile_dynamic deepcompile torch_dtype",
         "the step runs without torch.compile, in the precision that bf16 says",
         (False, "auto"),
     ),

@@ -70,8 +70,11 @@ class ModelSection(Section):
         "fine-tune) is kept in float32, and computes in the same precision as the rest.",
     )
     tf32: Bool = Field(False, description="Let float32 matrix products use TF32 on a GPU.")
-    gradient_checkpointing: Bool = Field(
-        False, description="Recompute activations block by block in the backward pass (non-reentrant)."
+    gradient_checkpointing: Bool | Literal["auto"] = Field(
+        False,
+        description="Recompute activations block by block in the backward pass (non-reentrant): in all "
+        "blocks, in none, or `auto`: in those whose activations do not fit into the GPU's memory, which is "
+        "measured at the start (on a CPU in none).",
     )
 
 
@@ -247,6 +250,11 @@ class TrainSection(Section):
     adam_beta1: Fraction = Field(0.9, description="AdamW's decay of the mean of gradients.")
     adam_beta2: Fraction = Field(0.999, description="AdamW's decay of the mean of squared gradients.")
     adam_epsilon: Positive = Field(1e-8, description="AdamW's epsilon.")
+    cuda_graphs: Bool = Field(
+        False,
+        description="Record the forward and backward passes of a step as CUDA graphs and replay them, on a "
+        "GPU that holds the whole model and without `lora_dropout`; elsewhere they run as they are.",
+    )
     max_grad_norm: Annotated[Positive | None, Kind("a number, 0 or more")] = Field(
         1.0, description="Gradients are scaled down to this norm, over all workers; 0 switches it off."
     )

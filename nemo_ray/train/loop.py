@@ -17,9 +17,10 @@ from nemo_ray.data.reader import EvalReader, PackReader, StepPacks
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.checkpoint import TrainState, save_checkpoint
 from nemo_ray.train.loss import IGNORED
-from nemo_ray.train.metrics import extend_hash, passed_multiple, peak_memory_bytes
+from nemo_ray.train.metrics import FiguresOnTheWay, extend_hash, passed_multiple, peak_memory_bytes
+from nemo_ray.train.micro_batch import MicroBatch
 from nemo_ray.train.optim import learning_rate
-from nemo_ray.train.update import MicroBatch, Trainee, Update
+from nemo_ray.train.update import Trainee, Update
 
 Report = Callable[[Mapping[str, Any]], None]
 PROGRESS_INTERVAL_S = 0.2
@@ -47,6 +48,8 @@ class Trainer:
         self._progress_written_s = 0.0
         self._saved_step = state.step if state.step else -1
         self._evaluated_step = -1
+        self._unlogged: tuple[dict[str, Any], FiguresOnTheWay] | None = None
+        self._step_ended_s = time.monotonic()
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -66,7 +69,8 @@ class Trainer:
             cursor=self.state.cursor,
         )
         finished = True
-        self.started_s = time.monotonic()  # the first evaluation is no measure of the steps' pace
+        # The first evaluation is no measure of the steps' pace.
+        self.started_s = self._step_ended_s = time.monotonic()
         while not (self.train.max_steps and self.state.step >= self.train.max_steps):
             packs = reader.next_step()
             if packs is None:
@@ -74,6 +78,7 @@ class Trainer:
             if not self.step(packs):
                 finished = False
                 break
+        self._log_last()
         if finished and self._evaluated_step != self.state.step:
             self.evaluate()
         self.save()
@@ -81,7 +86,6 @@ class Trainer:
 
     def step(self, packs: StepPacks) -> bool:
         """One optimizer step, and what is due after it; False where a stop was asked for and nothing done."""
-        began_s = time.monotonic()
         before = self._progress(self.state.epoch, self.state.step)
         after = self._progress(packs.epoch, self.state.step + 1)
         num_targets, num_tokens, stop = self._sum_over_workers(
@@ -96,12 +100,31 @@ class Trainer:
         self.state.step += 1
         self.state.cursor, self.state.epoch = packs.cursor, packs.epoch
         self.state.data_hash = extend_hash(self.state.data_hash, packs.sample_ids)
-        if self.state.step % self.train.logging_steps == 0:
-            self._log(loss_sum, grad_norm, rate, num_targets, num_tokens, began_s, packs.wait_s)
-        if self._due(self.train.eval_steps, self.train.evals_per_epoch, before, after):
-            self.evaluate()
-        if self._due(self.train.save_steps, self.train.saves_per_epoch, before, after):
-            self.save()
+        row = {
+            "step": self.state.step,
+            "epoch": self.state.epoch,
+            "cursor": self.state.cursor,
+            "lr": rate,
+            "tokens": num_tokens,
+            "target_tokens": num_targets,
+            "data_wait_s": packs.wait_s,
+            "data_hash": self.state.data_hash,
+        }
+        dist.all_reduce(loss_sum)
+        figures = FiguresOnTheWay(loss_sum / max(1, num_targets), grad_norm)
+        self._log_last()  # the step before: a GPU is at work on this one meanwhile
+        self._unlogged = (row, figures)
+        if self.trainee.device.type == "cpu":
+            self._log_last()
+        evaluate = self._due(self.train.eval_steps, self.train.evals_per_epoch, before, after)
+        save = self._due(self.train.save_steps, self.train.saves_per_epoch, before, after)
+        if evaluate or save:
+            self._log_last()
+            if evaluate:
+                self.evaluate()
+            if save:
+                self.save()
+            self._step_ended_s = time.monotonic()
         return True
 
     @torch.no_grad()
@@ -178,38 +201,26 @@ class Trainer:
         dist.all_reduce(total)
         return [int(count) for count in total]
 
-    def _log(
-        self,
-        loss_sum: torch.Tensor,
-        grad_norm: torch.Tensor,
-        rate: float,
-        num_targets: int,
-        num_tokens: int,
-        began_s: float,
-        wait_s: float,
-    ) -> None:
-        dist.all_reduce(loss_sum)
-        if self.rank != 0:
+    def _log_last(self) -> None:
+        """Wait for the figures of the last step, and write its row where one is due."""
+        if self._unlogged is None:
             return
-        loss, norm = float(loss_sum) / max(1, num_targets), float(grad_norm)
-        step_s = time.monotonic() - began_s + wait_s
-        row = {
-            "step": self.state.step,
-            "epoch": self.state.epoch,
-            "cursor": self.state.cursor,
+        row, figures = self._unlogged
+        self._unlogged = None
+        loss, norm = figures.wait()
+        now_s = time.monotonic()
+        step_s, self._step_ended_s = now_s - self._step_ended_s, now_s
+        if self.rank != 0 or row["step"] % self.train.logging_steps:
+            return
+        row |= {
             "loss": loss,
-            "lr": rate,
             "grad_norm": norm,
-            "tokens": num_tokens,
-            "target_tokens": num_targets,
-            "tokens_per_s": num_tokens / step_s,
             "step_s": step_s,
-            "data_wait_s": wait_s,
+            "tokens_per_s": row["tokens"] / step_s,
             "peak_memory_bytes": peak_memory_bytes(self.trainee.device),
-            "data_hash": self.state.data_hash,
         }
         self.run_dir.append_metrics(row)
-        self.write_progress("training", loss=loss, lr=rate, tokens_per_s=row["tokens_per_s"])
+        self.write_progress("training", loss=loss, lr=row["lr"], tokens_per_s=row["tokens_per_s"])
 
     def write_progress(self, phase: str, now: bool = False, **figures: float) -> None:
         """Tell the driver where the run is; often enough for an eye, seldom enough to cost nothing."""

@@ -15,7 +15,7 @@ from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.patches import packed_hidden
 
 IGNORED = -100
-CHUNK_TOKENS = 512  # at a vocabulary of 131,072 a chunk's float32 logits are 256 MiB
+CHUNK_TOKENS = 1024  # at a vocabulary of 131,072 a chunk's bfloat16 logits are 256 MiB
 
 
 def next_token_targets(labels: torch.Tensor, seq_idx: torch.Tensor) -> torch.Tensor:
@@ -31,38 +31,83 @@ def next_token_targets(labels: torch.Tensor, seq_idx: torch.Tensor) -> torch.Ten
     return targets
 
 
+def log_probs_reference_(
+    logits: torch.Tensor, targets: torch.Tensor, ignored: int, slope: bool
+) -> torch.Tensor:
+    """log p(target) of each token, float32, 0 where the target is `ignored`.
+
+    Args:
+        logits: (N, V). With `slope` they are overwritten by their slope: onehot - softmax, or 0.
+        targets: (N,) int64.
+
+    Returns: (N,).
+    """
+    every = F.log_softmax(logits.float(), dim=-1)
+    valid = (targets != ignored).unsqueeze(1)
+    index = targets.clamp(min=0).unsqueeze(1)
+    found = (every.gather(1, index) * valid).squeeze(1)
+    if slope:
+        softmax = every.exp_()
+        logits.copy_(softmax.neg_().scatter_add_(1, index, torch.ones_like(softmax[:, :1])).mul_(valid))
+    return found
+
+
+def log_probs_(logits: torch.Tensor, targets: torch.Tensor, ignored: int, slope: bool) -> torch.Tensor:
+    """`log_probs_reference_`, by its kernel on a GPU."""
+    if logits.is_cuda:
+        from nemo_ray.model.kernels import log_probs as kernels
+
+        return kernels.log_probs_(logits, targets, ignored, slope)
+    return log_probs_reference_(logits, targets, ignored, slope)
+
+
 class _ChunkedLogProbs(torch.autograd.Function):
-    """Forward keeps one float a token; backward makes each chunk's logits again."""
+    """Logits exist for one chunk of tokens at a time.
+
+    A token's gradient is its own factor times what does not depend on it: so with a frozen head the forward
+    pass makes all of the gradient of `hidden` but that factor, and logits are never made twice. Where the
+    head trains, the backward pass makes them again.
+    """
 
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         head = weight.to(hidden.dtype)
-        log_probs = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            logits = (hidden[part] @ head.T).float()
-            log_probs[part] = -F.cross_entropy(logits, targets[part], ignore_index=IGNORED, reduction="none")
-        ctx.save_for_backward(hidden, weight, targets)
-        return log_probs
+        frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if frozen else None
+        log_probs = []
+        for part in _chunks(hidden):
+            logits = hidden[part] @ head.T
+            log_probs.append(log_probs_(logits, targets[part], IGNORED, slope=frozen))
+            if grad_hidden is not None:
+                torch.mm(logits, head, out=grad_hidden[part])
+        if grad_hidden is not None:
+            ctx.save_for_backward(grad_hidden)
+        else:
+            ctx.save_for_backward(hidden, weight, targets)
+        ctx.frozen = frozen
+        return torch.cat(log_probs)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
+        if ctx.frozen:
+            (grad_hidden,) = ctx.saved_tensors
+            return grad_hidden * grad.unsqueeze(1).to(grad_hidden.dtype), None, None
         hidden, weight, targets = ctx.saved_tensors
         head = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start in range(0, hidden.shape[0], CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            valid = targets[part] != IGNORED
-            # d log p / d logits = onehot - softmax
-            slope = -F.softmax((hidden[part] @ head.T).float(), dim=-1)
-            slope.scatter_add_(1, targets[part].clamp(min=0)[:, None], torch.ones_like(slope[:, :1]))
-            slope = (slope * (grad[part] * valid)[:, None]).to(hidden.dtype)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for part in _chunks(hidden):
+            slope = hidden[part] @ head.T
+            log_probs_(slope, targets[part], IGNORED, slope=True)
+            slope *= grad[part].unsqueeze(1).to(slope.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = slope @ head
-            if grad_weight is not None:
-                grad_weight += slope.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype) if grad_weight is not None else None, None
+                torch.mm(slope, head, out=grad_hidden[part])
+            grad_weight += slope.T @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None
+
+
+def _chunks(hidden: torch.Tensor) -> list[slice]:
+    return [slice(start, start + CHUNK_TOKENS) for start in range(0, hidden.shape[0], CHUNK_TOKENS)]
 
 
 def token_log_probs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

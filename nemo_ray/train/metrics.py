@@ -17,6 +17,25 @@ def extend_hash(previous: str, sample_ids: Sequence[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+class FiguresOnTheWay:
+    """A step's loss and gradient norm on their way from the device, which goes on with the next step."""
+
+    def __init__(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        self._values = torch.stack([loss.float(), grad_norm.float()])
+        self._arrived: torch.cuda.Event | None = None
+        if self._values.is_cuda:
+            self._values = self._values.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> tuple[float, float]:
+        """Loss and gradient norm."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, norm = self._values.tolist()
+        return loss, norm
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory that this process held: reserved on its GPU, or resident on the CPU."""
     if device.type == "cuda":

@@ -39,6 +39,11 @@ class AdamW(torch.optim.AdamW):
         super().__init__(parameters.values(), **_settings(train), fused=on_gpu)
         self.named = dict(parameters)
 
+    @property
+    def started(self) -> bool:
+        """Whether there are states."""
+        return bool(self.state)
+
     def start_states(self) -> None:
         """Make the states that the first step would make, as places to load into."""
         for parameter in self.named.values():
@@ -94,6 +99,10 @@ class AdamW8bit:
     def zero_grad(self, set_to_none: bool = True) -> None:
         for name, part in self._parts.items():
             self.named[name].grad = part.grad = None
+
+    @property
+    def started(self) -> bool:
+        return bool(self._inner.state)
 
     def start_states(self) -> None:
         (group,) = self.param_groups

@@ -2,37 +2,23 @@
 
 The loss of a step is the sum of its token losses divided by its number of target tokens, counted over all
 workers and micro-batches before the first forward pass. So how a step is split never changes its result.
+Nothing here waits for a GPU.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
 from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.packing import Pack
 from nemo_ray.model.batch import PackedBatch
-from nemo_ray.train.loss import next_token_targets
+from nemo_ray.train.activations import keep_what_fits
+from nemo_ray.train.graph import GraphedPasses
+from nemo_ray.train.micro_batch import MicroBatch
 from nemo_ray.train.optim import AdamW, AdamW8bit, clip_gradients
 from nemo_ray.train.parallelize import Parallel
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One forward pass: packs and what their tokens must predict (B, T)."""
-
-    batch: PackedBatch
-    targets: torch.Tensor
-
-    @classmethod
-    def collate(cls, packs: Sequence[Pack], device: torch.device) -> "MicroBatch":
-        """Stack packs of T tokens to (B, T) on `device`."""
-        ids = torch.from_numpy(np.stack([pack.input_ids for pack in packs])).long().to(device)
-        labels = torch.from_numpy(np.stack([pack.labels for pack in packs])).long().to(device)
-        batch = PackedBatch.from_lengths(ids, [pack.lengths.tolist() for pack in packs])
-        return cls(batch, next_token_targets(labels, batch.seq_idx))
 
 
 @dataclass(frozen=True)
@@ -47,10 +33,28 @@ class Trainee:
 
 
 class Update:
-    """The steps of one `Trainee`."""
+    """The steps of one `Trainee`, whose packs are all of one length."""
 
     def __init__(self, trainee: Trainee, train: TrainSection) -> None:
         self.trainee, self.train = trainee, train
+        self.graphs: GraphedPasses | None = None
+        # FSDP2's hooks talk to other workers; what is drawn at random must be drawn again when recomputed.
+        recordable = not trainee.parallel.sharded and not trainee.model.draws_numbers
+        if train.cuda_graphs and trainee.device.type == "cuda" and recordable:
+            self.graphs = GraphedPasses(trainee.model, trainee.parameters)
+
+    def keep_activations(self, sequence_len: int) -> dict[str, int]:
+        """Let as many blocks keep their activations as fit beside packs of `sequence_len` tokens; returns how
+        many of each kind do."""
+        if not self.trainee.optimizer.started:
+            self.trainee.optimizer.start_states()
+        shape = (self.train.micro_batch_size, sequence_len)
+        tokens = torch.zeros(shape, dtype=torch.int64, device=self.trainee.device)
+        batch = PackedBatch.from_lengths(tokens, [[sequence_len]] * shape[0])
+        model = self.trainee.model.train()
+        kept = keep_what_fits(model, self.trainee.device, lambda: model.target_log_probs(batch, tokens).sum())
+        self._zero_gradients()
+        return kept
 
     def __call__(
         self, packs: Sequence[Pack], num_targets: int, rate: float
@@ -62,21 +66,36 @@ class Update:
 
         Returns: this rank's loss sum, and the gradient norm of all before clipping, both on the device.
         """
-        trainee, size = self.trainee, self.train.micro_batch_size
-        starts = range(0, len(packs), size)
-        loss_sum = torch.zeros((), device=trainee.device)
-        scale = trainee.parallel.loss_scale / max(1, num_targets)
-        for start in starts:
-            micro = MicroBatch.collate(packs[start : start + size], trainee.device)
-            trainee.parallel.set_last_micro_batch(start == starts[-1])
-            loss = -trainee.model.target_log_probs(micro.batch, micro.targets).sum()
-            (loss * scale).backward()
-            loss_sum += loss.detach()
+        trainee = self.trainee
+        loss_sum = self._passes(packs, trainee.parallel.loss_scale / max(1, num_targets))
         parameters = list(trainee.parameters.values())
         trainee.parallel.sync_gradients(parameters)
         grad_norm = clip_gradients(parameters, self.train.max_grad_norm)
         for group in trainee.optimizer.param_groups:
             group["lr"] = rate
         trainee.optimizer.step()
-        trainee.optimizer.zero_grad(set_to_none=True)
+        self._zero_gradients()
         return loss_sum, grad_norm
+
+    def _passes(self, packs: Sequence[Pack], scale: float) -> torch.Tensor:
+        """Gradients of `scale` times the loss sum over `packs`; returns the loss sum."""
+        trainee, size = self.trainee, self.train.micro_batch_size
+        starts = range(0, len(packs), size)
+        if self.graphs is not None:
+            for start in starts:
+                self.graphs(MicroBatch.collate(packs[start : start + size], torch.device("cpu")), scale)
+            return self.graphs.take_loss_sum()
+        loss_sum = torch.zeros((), device=trainee.device)
+        for start in starts:
+            micro = MicroBatch.collate(packs[start : start + size], trainee.device)
+            trainee.parallel.set_last_micro_batch(start == starts[-1])
+            loss = -trainee.model.target_log_probs(micro.batch, micro.targets).sum()
+            (loss * scale).backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
+    def _zero_gradients(self) -> None:
+        if self.graphs is not None:
+            self.graphs.zero_gradients()
+        else:
+            self.trainee.optimizer.zero_grad(set_to_none=True)

@@ -95,6 +95,10 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
     if rank == 0:
         run.truncate_metrics(state.step)
     trainer = Trainer(trainee, config.train, spec.plan, run, report, state)
+    if config.gradient_checkpointing == "auto" and device.type == "cuda":
+        kept = trainer.update.keep_activations(config.sequence_len)
+        if rank == 0:
+            run.update_run({"kept_activations": kept})
     if state.step == 0:
         complete_prompts(trainer, config, base, "before")
     finished = trainer.run()
@@ -147,7 +151,9 @@ def make_trainee(
     model, targets = build(model_config, config.adapter_config, precision, device)
     bind_loss(model)
     layout = Layout.choose(dist.get_world_size(), config.dp_shard_size, config.dp_replicate_size)
-    parallel = parallelize(model, layout, device, config.gradient_checkpointing)
+    auto = config.gradient_checkpointing == "auto"  # on a GPU: all of them, until it is known what fits
+    recompute = device.type == "cuda" if auto else bool(config.gradient_checkpointing)
+    parallel = parallelize(model, layout, device, recompute)
     source = None if config.reinit_weights else base
     fill(model, source, seed=config.seed, device=device, adapter_seed=config.seed)
     if config.adapter and config.lora_model_dir:

@@ -88,6 +88,7 @@ PROMISED: list[tuple[str, Any, int]] = [
     ("bf16", True, QUIET),
     ("tf32", True, QUIET),
     ("gradient_checkpointing", True, QUIET),
+    ("gradient_checkpointing", "auto", QUIET),
     ("gradient_checkpointing", "unsloth", NOTICE),
     ("gradient_checkpointing", "offload", NOTICE),
     ("gradient_checkpointing", "sometimes", REFUSED),
