@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nemo_ray.model import kernels
+
 
 def relu_squared_reference(x: torch.Tensor) -> torch.Tensor:
     """relu(x)^2, of any shape."""
@@ -20,19 +22,19 @@ def relu_squared_gradient_reference(grad: torch.Tensor, x: torch.Tensor) -> torc
 
 def relu_squared(x: torch.Tensor) -> torch.Tensor:
     """relu(x)^2, of any shape. Not differentiable: see `ReluSquared`."""
-    if x.is_cuda:
-        from nemo_ray.model.kernels import relu_squared as kernels
+    if kernels.serve(x):
+        from nemo_ray.model.kernels import relu_squared as fast
 
-        return kernels.relu_squared(x.contiguous())
+        return fast.relu_squared(x.contiguous())
     return relu_squared_reference(x)
 
 
 def relu_squared_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The gradient of x where `grad` is that of relu(x)^2; new memory."""
-    if x.is_cuda:
-        from nemo_ray.model.kernels import relu_squared as kernels
+    if kernels.serve(x):
+        from nemo_ray.model.kernels import relu_squared as fast
 
-        return kernels.relu_squared_gradient(grad.contiguous(), x.contiguous())
+        return fast.relu_squared_gradient(grad.contiguous(), x.contiguous())
     return relu_squared_gradient_reference(grad, x)
 
 

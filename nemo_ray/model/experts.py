@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nemo_ray.model import kernels
 from nemo_ray.model.activation import relu_squared
 from nemo_ray.model.linear import Deferred, Weight, grouped_matmul, grouped_outer, stand_in, whole
 from nemo_ray.model.quant import QuantizedWeight
@@ -58,7 +59,7 @@ def add_factors_(
     out: torch.Tensor, inner: torch.Tensor, factors: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
     """`add_factors_reference_`, by its kernel on a GPU."""
-    if out.is_cuda:
+    if kernels.serve(out):
         from nemo_ray.model.kernels import grouped_lora
 
         return grouped_lora.add_factors_(out, inner, factors, ends)
@@ -74,7 +75,7 @@ def activation_gradient_(
     ends: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`activation_gradient_reference_`, by its kernel on a GPU."""
-    if grad.is_cuda:
+    if kernels.serve(grad):
         from nemo_ray.model.kernels import grouped_lora
 
         return grouped_lora.activation_gradient_(grad, hidden, weights, inner, factors, ends)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_ray.errors import PatchError
+from nemo_ray.model import kernels
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a scale
@@ -117,8 +118,8 @@ class QuantizedWeight(nn.Module):
 
     def borrow(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole weight in the model's workspace, where the next call puts another one: to be used in the
-        stream's order at once, and kept by nobody. On a CPU, which needs none, in memory of its own."""
-        if not self.packed.is_cuda:
+        stream's order at once, and kept by nobody. Where kernels do not serve, in memory of its own."""
+        if not kernels.serve(self.packed):
             return self.dequantize(dtype)
         out = self.workspace.get(self.shape.numel(), dtype, self.packed.device)
         return self._values(*self._stored(), dtype, out).view(self.shape)
@@ -162,7 +163,7 @@ class QuantizedWeight(nn.Module):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(groups, n) from rows of bytes; `out`: where to (groups * n,), for a GPU only."""
-        if not packed.is_cuda:
+        if not kernels.serve(packed):
             return self._values_reference(packed, codes, nested, dtype)
         from nemo_ray.model.kernels.nf4 import dequantize
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from nemo_ray.model import kernels
+
 
 class Slots(NamedTuple):
     """The slots sorted by expert, those of an expert in their own order."""
@@ -19,11 +21,6 @@ class Slots(NamedTuple):
     order: torch.Tensor  # (S,) int64, the slot at each sorted position
     back: torch.Tensor  # (S,) int64, the sorted position of each slot
     ends: torch.Tensor  # (E,) int32, the sorted position where an expert's slots end
-
-
-def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether the kernels can run on `tensor`."""
-    return tensor.is_cuda
 
 
 def route(
@@ -49,10 +46,10 @@ def route(
     lower expert. A NaN counts as best, so that it reaches the loss.
     Source: NemotronHTopkRouter in transformers; DeepSeek-AI, "DeepSeek-V3" (2024), section 2.1.2.
     """
-    if on_gpu(logits) and num_groups == 1:
-        from nemo_ray.model.kernels import routing as kernels
+    if kernels.serve(logits) and num_groups == 1:
+        from nemo_ray.model.kernels import routing as fast
 
-        return kernels.route(logits, bias, top_k, num_groups, top_groups, normalize, scale)
+        return fast.route(logits, bias, top_k, num_groups, top_groups, normalize, scale)
     return route_reference(logits, bias, top_k, num_groups, top_groups, normalize, scale)
 
 
@@ -88,10 +85,10 @@ def _best(values: torch.Tensor, count: int) -> torch.Tensor:
 
 def sort_slots(experts: torch.Tensor, num_experts: int) -> Slots:
     """Sort the slots of experts (N, K) by expert, those of an expert in their own order."""
-    if on_gpu(experts):
-        from nemo_ray.model.kernels import routing as kernels
+    if kernels.serve(experts):
+        from nemo_ray.model.kernels import routing as fast
 
-        return kernels.sort_slots(experts, num_experts)
+        return fast.sort_slots(experts, num_experts)
     return sort_slots_reference(experts, num_experts)
 
 
@@ -109,10 +106,10 @@ def sort_slots_reference(experts: torch.Tensor, num_experts: int) -> Slots:
 def spread(x: torch.Tensor, back: torch.Tensor, top_k: int) -> torch.Tensor:
     """Copy tokens x (N, H) to the sorted positions `back` (S,) of their slots, giving (S, H): the same as
     x[order // top_k]. Not differentiable; its gradient is `combine` without weights."""
-    if on_gpu(x):
-        from nemo_ray.model.kernels import routing as kernels
+    if kernels.serve(x):
+        from nemo_ray.model.kernels import routing as fast
 
-        return kernels.spread(x, back, top_k)
+        return fast.spread(x, back, top_k)
     return spread_reference(x, back, top_k)
 
 
@@ -139,10 +136,10 @@ def combine(
         weights: (N, K), or None for ones.
         addend: (N, H) or None.
     """
-    if on_gpu(slots):
-        from nemo_ray.model.kernels import routing as kernels
+    if kernels.serve(slots):
+        from nemo_ray.model.kernels import routing as fast
 
-        return kernels.combine(slots, back, weights, addend)
+        return fast.combine(slots, back, weights, addend)
     return combine_reference(slots, back, weights, addend)
 
 

@@ -6,7 +6,7 @@ attention kernel in sizes rounded up to powers of two: there is one graph for ea
 up, all in one memory pool.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +16,50 @@ from nemo_ray.errors import PatchError
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.train.micro_batch import MicroBatch
 
+Run = Callable[[], None]
+
+
+class CudaRecorder:
+    """Turns what runs on a GPU into its replay; what it makes shares one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool: tuple[int, int] | None = None
+
+    def __call__(self, run: Run) -> Run:
+        """Record `run`, which is called twice at the first time: kernels and handles that are made at a first
+        call must be there before recording. Recording itself computes nothing.
+
+        Raises: PatchError where something in it cannot be recorded.
+        """
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                run()
+            torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                run()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise PatchError(
+                f"the step cannot be recorded as a CUDA graph ({error}); set cuda_graphs: false"
+            ) from error
+        return graph.replay
+
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """What of a batch is fixed in a graph beside its shape."""
 
     num_sequences: int
     max_seqlen: int
 
     @classmethod
-    def of(cls, batch: PackedBatch) -> "_Sizes":
+    def of(cls, batch: PackedBatch) -> "Sizes":
         """The sizes of `batch`, rounded up; no sequence is longer than a pack."""
         longest = min(_power_of_two(batch.max_seqlen), batch.input_ids.shape[1])
         return cls(_power_of_two(batch.cu_seqlens.numel() - 1), longest)
@@ -38,14 +72,18 @@ def _power_of_two(size: int) -> int:
 class GraphedPasses:
     """Forward and backward passes of micro-batches of one shape; gradients add up in the parameters."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.model, self.parameters = model, parameters
-        device = next(iter(parameters.values())).device
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        device: torch.device,
+        record: Callable[[Run], Run],
+    ) -> None:
+        self.model, self.parameters, self.device, self._record = model, parameters, device, record
         self._inputs: dict[str, torch.Tensor] = {}
         self._scale = torch.zeros((), device=device)
         self._loss_sum = torch.zeros((), device=device)
-        self._graphs: dict[_Sizes, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._replays: dict[Sizes, Run] = {}
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter)
 
@@ -54,62 +92,44 @@ class GraphedPasses:
 
         Args:
             micro: on the CPU.
-
-        Raises: PatchError where a pass cannot be recorded.
         """
-        sizes = _Sizes.of(micro.batch)
-        # Sequences that there are not have no tokens: they start where the last one ends.
-        starts = torch.full((sizes.num_sequences + 1,), micro.targets.numel(), dtype=torch.int32)
-        starts[: micro.batch.cu_seqlens.numel()] = micro.batch.cu_seqlens
-        static = MicroBatch(
-            PackedBatch(
-                self._static("input_ids", micro.batch.input_ids),
-                self._static("seq_idx", micro.batch.seq_idx),
-                self._static(f"cu_seqlens of {sizes.num_sequences}", starts),
-                sizes.max_seqlen,
-            ),
-            self._static("targets", micro.targets),
-        )
+        sizes = Sizes.of(micro.batch)
+        static = self._put(micro, sizes)
         self._scale.fill_(scale)
-        if sizes not in self._graphs:
-            self._graphs[sizes] = self._record(static)
-        self._graphs[sizes].replay()
+        if sizes not in self._replays:
+            first = not self._replays
+            self._replays[sizes] = self._record(lambda: self._pass(static))
+            if first:  # what warmed up counts for nothing, and nothing else has been added yet
+                self.zero_gradients()
+                self._loss_sum.zero_()
+        self._replays[sizes]()
+
+    def _put(self, micro: MicroBatch, sizes: Sizes) -> MicroBatch:
+        """Copy a micro-batch to where the graphs of these sizes read it."""
+        batch = micro.batch
+        # Sequences that there are not have no tokens: they start where the last one ends.
+        starts = torch.full((sizes.num_sequences + 1,), batch.input_ids.numel(), dtype=torch.int32)
+        starts[: batch.cu_seqlens.numel()] = batch.cu_seqlens
+        static = PackedBatch(
+            self._static("input_ids", batch.input_ids),
+            self._static("seq_idx", batch.seq_idx),
+            self._static(f"cu_seqlens of {sizes.num_sequences}", starts),
+            sizes.max_seqlen,
+        )
+        return MicroBatch(static, self._static("targets", micro.targets))
 
     def _static(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """The tensor that the graphs read as `name`, with these values."""
         if name not in self._inputs:
-            self._inputs[name] = torch.empty_like(values, device=self._scale.device)
-        return self._inputs[name].copy_(values.pin_memory(), non_blocking=True)
+            self._inputs[name] = torch.empty_like(values, device=self.device)
+        if self.device.type == "cuda":
+            values = values.pin_memory()  # or the copy would wait for the GPU
+        return self._inputs[name].copy_(values, non_blocking=True)
 
     def _pass(self, micro: MicroBatch) -> None:
         loss = -self.model.target_log_probs(micro.batch, micro.targets).sum()
         (loss * self._scale).backward()
         self._loss_sum += loss.detach()
-
-    def _record(self, micro: MicroBatch) -> torch.cuda.CUDAGraph:
-        if not self._graphs:
-            self._run_once(micro)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._pass(micro)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise PatchError(
-                f"the step cannot be recorded as a CUDA graph ({error}); set cuda_graphs: false"
-            ) from error
-        return graph
-
-    def _run_once(self, micro: MicroBatch) -> None:
-        """Whatever is made at a first call (kernels, handles) must be there before recording."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._pass(micro)
-        torch.cuda.current_stream().wait_stream(side)
-        self.zero_gradients()
-        self._loss_sum.zero_()
 
     def zero_gradients(self) -> None:
         """To zero, where they are."""

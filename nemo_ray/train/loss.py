@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nemo_ray.model import kernels
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.patches import packed_hidden
 
@@ -54,10 +55,10 @@ def log_probs_reference_(
 
 def log_probs_(logits: torch.Tensor, targets: torch.Tensor, ignored: int, slope: bool) -> torch.Tensor:
     """`log_probs_reference_`, by its kernel on a GPU."""
-    if logits.is_cuda:
-        from nemo_ray.model.kernels import log_probs as kernels
+    if kernels.serve(logits):
+        from nemo_ray.model.kernels import log_probs as fast
 
-        return kernels.log_probs_(logits, targets, ignored, slope)
+        return fast.log_probs_(logits, targets, ignored, slope)
     return log_probs_reference_(logits, targets, ignored, slope)
 
 

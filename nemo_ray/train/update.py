@@ -15,7 +15,7 @@ from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.packing import Pack
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.train.activations import keep_what_fits
-from nemo_ray.train.graph import GraphedPasses
+from nemo_ray.train.graph import CudaRecorder, GraphedPasses
 from nemo_ray.train.micro_batch import MicroBatch
 from nemo_ray.train.optim import AdamW, AdamW8bit, clip_gradients
 from nemo_ray.train.parallelize import Parallel
@@ -41,7 +41,7 @@ class Update:
         # FSDP2's hooks talk to other workers; what is drawn at random must be drawn again when recomputed.
         recordable = not trainee.parallel.sharded and not trainee.model.draws_numbers
         if train.cuda_graphs and trainee.device.type == "cuda" and recordable:
-            self.graphs = GraphedPasses(trainee.model, trainee.parameters)
+            self.graphs = GraphedPasses(trainee.model, trainee.parameters, trainee.device, CudaRecorder())
 
     def keep_activations(self, sequence_len: int) -> dict[str, int]:
         """Let as many blocks keep their activations as fit beside packs of `sequence_len` tokens; returns how

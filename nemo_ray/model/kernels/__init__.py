@@ -1,4 +1,11 @@
-"""Triton kernels, each beside a torch reference of the same signature elsewhere in the model.
+"""Triton kernels, each beside a torch reference of the same signature elsewhere in the package.
 
-Imported only inside the functions that choose them: without a GPU nothing here is loaded.
+The kernels are imported only inside the functions that choose them: without a GPU nothing loads Triton.
 """
+
+import torch
+
+
+def serve(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` lies where kernels run; asked as `kernels.serve(...)`, in one place for all of them."""
+    return tensor.is_cuda

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_ray.model import kernels as package
 from nemo_ray.model import routing
 from nemo_ray.model.kernels import routing as kernels
 
@@ -130,7 +131,7 @@ def test_rows_move_as_in_the_references(num_tokens, top_k, width, dtype):
 
 
 def test_on_a_gpu_the_kernels_are_chosen_and_groups_take_the_reference(monkeypatch):
-    monkeypatch.setattr(routing, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(package, "serve", lambda tensor: True)
     called = []
     for name in ("route", "sort_slots", "spread", "combine"):
         kernel = getattr(kernels, name)

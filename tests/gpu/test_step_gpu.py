@@ -1,0 +1,122 @@
+"""A step on a GPU: recorded passes, kept activations and kernels change nothing but the time it takes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nemo_ray.config.schema import AdapterSection
+from nemo_ray.model import kernels
+from nemo_ray.model.load import Precision, build, fill
+from nemo_ray.train import activations
+from nemo_ray.train.graph import CudaRecorder, GraphedPasses
+from nemo_ray.train.loss import bind_loss
+from nemo_ray.train.micro_batch import MicroBatch
+from tests.model.shapes import ALL_TARGETS, randomize_lora, tiny_config
+from tests.train.test_graph import LAYOUTS, micro_batch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+GPU = torch.device("cuda")
+SHAPE = {"mamba_head_dim": 32, "ssm_state_size": 32, "chunk_size": 64, "hidden_size": 128}
+FOUR_BITS = {"linears_4bit": True, "experts_4bit": True}
+
+
+def trained(dtype: torch.dtype, latent: int | None = None, **precision: bool):
+    config = tiny_config(latent=latent, **SHAPE)
+    model, _ = build(config, AdapterSection(**ALL_TARGETS), Precision(dtype, dtype, **precision), GPU)
+    bind_loss(model)
+    fill(model, None, seed=3, device=GPU, adapter_seed=3)
+    randomize_lora(model)
+    return model.train(), {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def on_gpu(micro: MicroBatch) -> MicroBatch:
+    batch = micro.batch
+    moved = type(batch)(
+        batch.input_ids.to(GPU), batch.seq_idx.to(GPU), batch.cu_seqlens.to(GPU), batch.max_seqlen
+    )
+    return MicroBatch(moved, micro.targets.to(GPU))
+
+
+def gradients(model, parameters, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    micro = on_gpu(micro)
+    log_probs = model.target_log_probs(micro.batch, micro.targets)
+    log_probs.sum().backward()
+    return log_probs.detach(), {name: p.grad.clone() for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("precision", [{}, FOUR_BITS], ids=["bf16", "4 bits"])
+def test_recorded_passes_add_up_what_plain_ones_do(precision, recompute):
+    model, parameters = trained(torch.bfloat16, latent=64, **precision)
+    for block in model.model.layers:
+        block.recompute = recompute
+    expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    total = torch.zeros((), device=GPU)
+    batches = [micro_batch(lengths, seed) for seed, lengths in enumerate(LAYOUTS)]
+    for micro in batches:
+        log_probs, grads = gradients(model, parameters, micro)
+        total -= log_probs.sum()
+        for name, grad in grads.items():
+            expected[name] -= 0.5 * grad
+    passes = GraphedPasses(model, parameters, GPU, CudaRecorder())
+    for _ in range(3):
+        for micro in batches:
+            passes(micro, 0.5)
+        torch.testing.assert_close(passes.take_loss_sum(), total, rtol=1e-3, atol=0)
+        for name, parameter in parameters.items():
+            assert (parameter.grad - expected[name]).norm() <= 1e-2 * expected[name].norm(), name
+        passes.zero_gradients()
+
+
+def test_what_fits_is_kept_and_changes_no_gradient(monkeypatch):
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model, parameters = trained(torch.bfloat16)
+    micro = micro_batch([20, 44], 1)
+
+    def forward() -> torch.Tensor:
+        moved = on_gpu(micro)
+        return model.target_log_probs(moved.batch, moved.targets).sum()
+
+    assert activations.keep_what_fits(model, GPU, forward) == {
+        kind: sum(block.block_type == kind for block in model.model.layers)
+        for kind in {block.block_type for block in model.model.layers}
+    }
+    _, kept = gradients(model, parameters, micro)
+    monkeypatch.setattr(activations, "SPARE_BYTES", 2**50)
+    assert not any(activations.keep_what_fits(model, GPU, forward).values())
+    _, recomputed = gradients(model, parameters, micro)
+    for name, grad in kept.items():
+        assert (grad - recomputed[name]).norm() <= 1e-3 * grad.norm(), name
+
+
+@pytest.mark.usefixtures("exact_float32")
+@pytest.mark.parametrize("latent", [None, 64], ids=["plain", "latent"])
+def test_kernels_are_as_near_to_float32_as_their_references(latent, monkeypatch):
+    exact, exact_parameters = trained(torch.float32, latent)
+    model, parameters = trained(torch.bfloat16, latent)
+    model.load_state_dict({k: v.to(dict(model.state_dict())[k].dtype) for k, v in exact.state_dict().items()})
+    exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    errors = {True: [], False: []}
+    for seed, lengths in enumerate(LAYOUTS):
+        micro = micro_batch(lengths, seed)
+        monkeypatch.setattr(kernels, "serve", lambda tensor: False)
+        truth, true_grads = gradients(exact, exact_parameters, micro)
+        for serve in (True, False):
+            monkeypatch.setattr(kernels, "serve", lambda tensor, serve=serve: serve)
+            found, grads = gradients(model, parameters, micro)
+            off = [float((found - truth).norm() / truth.norm())]
+            off += [float((grads[n] - g).norm() / g.norm()) for n, g in true_grads.items()]
+            errors[serve].append(torch.tensor(off))
+        monkeypatch.setattr(kernels, "serve", lambda tensor: True)
+        found, grads = gradients(exact, exact_parameters, micro)
+        assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
+        for name, grad in true_grads.items():
+            assert (grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
+    fast, plain = (torch.stack(errors[serve]).mean() for serve in (True, False))
+    print(f"latent={latent}: error of bf16 with kernels {fast:.2e}, with references {plain:.2e}")
+    assert fast <= 1.2 * plain
