@@ -1,12 +1,15 @@
 """The routed experts: grouped matmuls over tokens sorted by expert, and LoRA as two more on the factors.
 
 W + BA is never formed: an adapter costs its own rank, not a copy of the bank. No token is dropped, and
-nothing asks the device for a count. A forward pass leaves to the backward pass the tokens and the up
-projection's output: all else is gathered or multiplied again, and the down projection never.
+nothing asks the device for a count. A forward pass leaves to the backward pass the tokens, the up
+projection's output and what A made of its inputs: all else is gathered or multiplied again, and the down
+projection never.
 
 Shapes: N tokens, K experts a token, S = N*K slots, E experts, H model (or latent) size, I expert size,
 O outputs, R rank.
 """
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -104,15 +107,15 @@ class _Bank:
         """The gradient of A x, (S, R)."""
         return grouped_matmul(grad, self.B, ends) * self.scaling
 
-    def project(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """(S, inputs) -> (S, outputs)."""
+    def project(self, x: torch.Tensor, inner: torch.Tensor | None, ends: torch.Tensor) -> torch.Tensor:
+        """(S, inputs) and what `inner` made of them -> (S, outputs)."""
         out = grouped_matmul(x, whole(self.weight, x.dtype).transpose(-2, -1), ends)
-        return add_factors_(out, self.inner(x, ends), self.B, ends) if self.has_lora else out
+        return out if inner is None else add_factors_(out, inner, self.B, ends)
 
     def factor_gradients(
         self, x: torch.Tensor, grad: torch.Tensor, inner: torch.Tensor, grad_inner: torch.Tensor, ends
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of A (E, R, inputs) and B (E, outputs, R) in float32, from what they met."""
+        """Gradients of A (E, R, inputs) and B (E, outputs, R), from what they met."""
         grad_A = grouped_outer(grad_inner, x, ends)[:, : self.rank]
         grad_B = grouped_outer(grad, inner, ends)[:, :, : self.rank]
         return grad_A, grad_B
@@ -123,13 +126,18 @@ class _UpGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens, weight, lora_A, lora_B, experts: "RoutedExperts", slots: Slots):
-        ctx.save_for_backward(tokens, weight, lora_A, lora_B)
+        bank = _Bank(experts, "up", tokens.dtype)
+        x = at_slots(tokens, slots)
+        inner = bank.inner(x, slots.ends) if bank.has_lora else None
+        ctx.save_for_backward(tokens, weight, lora_A, lora_B, inner)
         ctx.experts, ctx.slots = experts, slots
-        return stand_in(tokens, slots.order.numel(), experts.up_proj.shape[1])
+        ctx.mark_non_differentiable(*(t for t in (x, inner) if t is not None))
+        ctx.set_materialize_grads(False)  # or zeros would be made for these two
+        return stand_in(x, x.shape[0], experts.up_proj.shape[1]), x, inner
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        tokens, weight, lora_A, lora_B = ctx.saved_tensors
+    def backward(ctx, grad: torch.Tensor, *_: None):
+        tokens, weight, lora_A, lora_B, inner = ctx.saved_tensors
         slots, ends = ctx.slots, ctx.slots.ends
         bank = _Bank(ctx.experts, "up", grad.dtype)
         grad_weight = grad_A = grad_B = grad_inner = None
@@ -137,7 +145,7 @@ class _UpGradient(torch.autograd.Function):
             x = at_slots(tokens, slots)
             if bank.has_lora:
                 grad_inner = bank.inner_gradient(grad, ends)
-                grad_A, grad_B = bank.factor_gradients(x, grad, bank.inner(x, ends), grad_inner, ends)
+                grad_A, grad_B = bank.factor_gradients(x, grad, inner, grad_inner, ends)
                 grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
             if ctx.needs_input_grad[1]:
                 grad_weight = grouped_outer(grad, x, ends).to(weight.dtype)
@@ -160,13 +168,18 @@ class _DownGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weights, weight, lora_A, lora_B, experts: "RoutedExperts", slots: Slots):
-        ctx.save_for_backward(hidden, weights, weight, lora_A, lora_B)
+        bank = _Bank(experts, "down", hidden.dtype)
+        activated = relu_squared(hidden)
+        inner = bank.inner(activated, slots.ends) if bank.has_lora else None
+        ctx.save_for_backward(hidden, weights, weight, lora_A, lora_B, inner)
         ctx.experts, ctx.slots = experts, slots
-        return stand_in(hidden, weights.shape[0], experts.down_proj.shape[1])
+        ctx.mark_non_differentiable(*(t for t in (activated, inner) if t is not None))
+        ctx.set_materialize_grads(False)
+        return stand_in(hidden, weights.shape[0], experts.down_proj.shape[1]), activated, inner
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        hidden, weights, weight, lora_A, lora_B = ctx.saved_tensors
+    def backward(ctx, grad: torch.Tensor, *_: None):
+        hidden, weights, weight, lora_A, lora_B, inner = ctx.saved_tensors
         slots, ends = ctx.slots, ctx.slots.ends
         bank = _Bank(ctx.experts, "down", hidden.dtype)
         grad_out = at_slots(grad, slots)
@@ -179,8 +192,8 @@ class _DownGradient(torch.autograd.Function):
         scale = at_sorted.to(grad.dtype).unsqueeze(-1)
         grad_weight = grad_A = grad_B = None
         if bank.has_lora:
-            inner = bank.inner(activated, ends) * scale
-            grad_A, grad_B = bank.factor_gradients(activated, grad_out, inner, grad_inner * scale, ends)
+            weighted = inner * scale, grad_inner * scale
+            grad_A, grad_B = bank.factor_gradients(activated, grad_out, *weighted, ends)
             grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
         if ctx.needs_input_grad[2]:
             grad_weight = grouped_outer(grad_out, activated.mul_(scale), ends).to(weight.dtype)
@@ -224,22 +237,20 @@ class RoutedExperts(nn.Module):
     ) -> torch.Tensor:
         """tokens (N, H), top_k_index and top_k_weights (N, K) -> (N, H)."""
         slots = sort_slots(top_k_index, self.num_experts)
-        product = _UpGradient.apply(tokens, *self._trained("up"), self, slots)
-        hidden = Deferred.apply(product, lambda: self._up(tokens, slots))
-        product = _DownGradient.apply(hidden, top_k_weights, *self._trained("down"), self, slots)
-        return Deferred.apply(product, lambda: self._down(hidden, top_k_weights, slots))
+        product, *inputs = _UpGradient.apply(tokens, *self._trained("up"), self, slots)
+        hidden = Deferred.apply(product, partial(self._project, "up", *inputs, slots))
+        product, *inputs = _DownGradient.apply(hidden, top_k_weights, *self._trained("down"), self, slots)
+        return Deferred.apply(
+            product, lambda: combine(self._project("down", *inputs, slots), slots.back, top_k_weights)
+        )
 
     def _trained(self, side: str) -> tuple[torch.Tensor | None, ...]:
         weight = getattr(self, f"{side}_proj")
         dense = None if isinstance(weight, QuantizedWeight) else weight
         return dense, getattr(self, f"{side}_lora_A"), getattr(self, f"{side}_lora_B")
 
-    def _up(self, tokens: torch.Tensor, slots: Slots) -> torch.Tensor:
-        return _Bank(self, "up", tokens.dtype).project(at_slots(tokens, slots), slots.ends)
-
-    def _down(self, hidden: torch.Tensor, weights: torch.Tensor, slots: Slots) -> torch.Tensor:
-        out = _Bank(self, "down", hidden.dtype).project(relu_squared(hidden), slots.ends)
-        return combine(out, slots.back, weights)
+    def _project(self, side: str, x: torch.Tensor, inner: torch.Tensor | None, slots: Slots) -> torch.Tensor:
+        return _Bank(self, side, x.dtype).project(x, inner, slots.ends)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, up_proj {tuple(self.up_proj.shape)}"

@@ -1,4 +1,4 @@
-"""Recorded passes add up what plain ones do. Recording itself needs a GPU; here a recorder repeats the call."""
+"""Recorded passes add up what plain ones do. Recording needs a GPU; the recorder here repeats the call."""
 
 import numpy as np
 import torch
@@ -61,7 +61,8 @@ def test_gradients_and_losses_are_those_of_plain_passes():
             assert (found[name] - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name
         passes.zero_gradients()
     assert [p.grad.data_ptr() for p in parameters.values()] == addresses
-    assert len(recorded) == len({Sizes.of(micro_batch(lengths, 0).batch) for lengths in LAYOUTS}) < len(LAYOUTS)
+    sizes = {Sizes.of(micro_batch(lengths, 0).batch) for lengths in LAYOUTS}
+    assert len(recorded) == len(sizes) < len(LAYOUTS)
 
 
 def test_sizes_are_rounded_up_but_to_a_pack_at_most():

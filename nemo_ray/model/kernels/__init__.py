@@ -7,5 +7,5 @@ import torch
 
 
 def serve(tensor: torch.Tensor) -> bool:
-    """Whether `tensor` lies where kernels run; asked as `kernels.serve(...)`, in one place for all of them."""
+    """Whether `tensor` lies where kernels run; asked as `kernels.serve(...)`, one answer for all."""
     return tensor.is_cuda
