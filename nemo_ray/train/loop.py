@@ -24,6 +24,9 @@ from nemo_ray.train.update import Trainee, Update
 
 Report = Callable[[Mapping[str, Any]], None]
 PROGRESS_INTERVAL_S = 0.2
+# Of a row of metrics.jsonl, in this order.
+TRAIN_FIELDS = ("step", "epoch", "cursor", "loss", "lr", "grad_norm", "tokens", "target_tokens")
+TRAIN_FIELDS += ("tokens_per_s", "step_s", "data_wait_s", "peak_memory_bytes", "data_hash")
 
 
 class Trainer:
@@ -100,7 +103,7 @@ class Trainer:
         self.state.step += 1
         self.state.cursor, self.state.epoch = packs.cursor, packs.epoch
         self.state.data_hash = extend_hash(self.state.data_hash, packs.sample_ids)
-        row = {
+        row = dict.fromkeys(TRAIN_FIELDS) | {
             "step": self.state.step,
             "epoch": self.state.epoch,
             "cursor": self.state.cursor,
@@ -212,15 +215,11 @@ class Trainer:
         step_s, self._step_ended_s = now_s - self._step_ended_s, now_s
         if self.rank != 0 or row["step"] % self.train.logging_steps:
             return
-        row |= {
-            "loss": loss,
-            "grad_norm": norm,
-            "step_s": step_s,
-            "tokens_per_s": row["tokens"] / step_s,
-            "peak_memory_bytes": peak_memory_bytes(self.trainee.device),
-        }
+        tokens_per_s = row["tokens"] / step_s
+        row |= {"loss": loss, "grad_norm": norm, "step_s": step_s, "tokens_per_s": tokens_per_s}
+        row["peak_memory_bytes"] = peak_memory_bytes(self.trainee.device)
         self.run_dir.append_metrics(row)
-        self.write_progress("training", loss=loss, lr=row["lr"], tokens_per_s=row["tokens_per_s"])
+        self.write_progress("training", loss=loss, lr=row["lr"], tokens_per_s=tokens_per_s)
 
     def write_progress(self, phase: str, now: bool = False, **figures: float) -> None:
         """Tell the driver where the run is; often enough for an eye, seldom enough to cost nothing."""
