@@ -2,7 +2,7 @@
 
 Prints microseconds of both, and the memory speed of what the kernel has to read and write at the least.
 
-    python benchmarks/kernels.py [--model nano|super] [--tokens 8192] [--rank 16] [--out OUT.json]
+    python benchmarks/kernel_times.py [--model nano|super] [--tokens 8192] [--rank 16] [--out OUT.json]
 
 `--model tiny` runs a few rows on a CPU, in Triton's interpreter, to see that it runs at all.
 """

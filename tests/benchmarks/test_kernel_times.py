@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_kernel_is_timed(tmp_path):
     out = tmp_path / "out.json"
-    command = [sys.executable, str(ROOT / "benchmarks/kernels.py"), "--model", "tiny", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "benchmarks/kernel_times.py"), "--model", "tiny", "--out", str(out)]
     subprocess.run(command, check=True, timeout=120, cwd=ROOT)
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 13
