@@ -28,6 +28,8 @@ check(routing._count, 4, "*i64 *i32 i32 i32", BLOCK=128)
 check(routing._place, 4, "*i64 *i32 *i64 *i64 *i32 i32 i32", E=12, EP=16, BLOCK=128)
 check(routing._spread, 4, "*bf16 *i64 *bf16", H=24, K=3, WIDTH=32)
 check(routing._combine, 4, "*bf16 *i64 *fp32 *bf16 *bf16", H=24, K=3, WIDTH=32)
+none = dict(weights=None, addend=None)
+check(routing._combine, 4, "*bf16 *i64 constexpr constexpr *bf16", H=24, K=3, WIDTH=32, **none)
 
 check(nf4._dequantize, 4, "*i32 *u8 *fp32 *fp32 *fp32 *bf16 i32", BLOCK=64, SCALE_BLOCK=256, WORDS=nf4.WORDS)
 
@@ -36,9 +38,13 @@ check(relu_squared._backward, 4, "*bf16 *bf16 *bf16 i32", BLOCK=relu_squared.BLO
 
 sizes = dict(RANK=16, ROWS=grouped_lora.BLOCK_ROWS, COLUMNS=grouped_lora.BLOCK_COLUMNS)
 for factors, gradient, experts in ((True, False, 128), (True, True, 512), (False, True, 128)):
-    types = "*bf16 *bf16 *bf16 *i32 *bf16 *fp32 *bf16 *fp32" + 7 * " i32"
+    left = "*bf16 *bf16" if factors else "constexpr constexpr"
+    right = "*bf16 *fp32 *bf16 *fp32" if gradient else "constexpr constexpr constexpr constexpr"
+    absent = dict.fromkeys(() if factors else ("inner", "factors"))
+    absent |= dict.fromkeys(() if gradient else ("hidden", "weights", "activated", "dots"))
     flags = dict(HAS_FACTORS=factors, ACTIVATION_GRADIENT=gradient, EXPERTS=experts)
-    check(grouped_lora._add_factors, 4, types, **flags, **sizes)
+    types = f"*bf16 {left} *i32 {right}" + 7 * " i32"
+    check(grouped_lora._add_factors, 4, types, **flags, **sizes, **absent)
 
 for slope in (True, False):
     check(log_probs._log_probs, 8, "*bf16 *i64 *fp32 i32 i32", SLOPE=slope, BLOCK=log_probs.BLOCK)
