@@ -23,10 +23,10 @@ def whole(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x @ W.T with a 4-bit W: nothing is saved, W is made again for the gradient of x."""
+    """x @ W.T with a W that does not train: nothing is saved; a 4-bit W is made again for x's gradient."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, weight: Weight) -> torch.Tensor:
         ctx.weight = weight
         return F.linear(x, whole(weight, x.dtype))
 
@@ -90,10 +90,10 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None = None) ->
     """(..., I) times `weight` (O, I) plus `bias` (O,), in x's dtype."""
     if bias is not None:
         bias = bias.to(x.dtype)
-    if isinstance(weight, QuantizedWeight):
-        out = _FrozenLinear.apply(x, weight)
-        return out if bias is None else out + bias
-    return F.linear(x, weight.to(x.dtype), bias)
+    if isinstance(weight, nn.Parameter) and weight.requires_grad:
+        return F.linear(x, weight.to(x.dtype), bias)
+    out = _FrozenLinear.apply(x, weight)
+    return out if bias is None else out + bias
 
 
 class BaseLinear(nn.Module):

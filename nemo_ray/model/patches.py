@@ -217,6 +217,8 @@ def _patch_moe(mixer: nn.Module) -> None:
     ) -> torch.Tensor:
         if packed is None:
             return original(self, hidden_states)
+        # First, so that recomputation, which ends with the last thing that was kept, ends within the experts.
+        shared = self.shared_experts(hidden_states)
         gate, tokens = self.gate, hidden_states.flatten(0, 1)
         weights, experts = route(
             F.linear(tokens.float(), gate.weight.float()),
@@ -228,7 +230,7 @@ def _patch_moe(mixer: nn.Module) -> None:
             gate.routed_scaling_factor,
         )
         routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), experts, weights))
-        return self.shared_experts(hidden_states) + routed.view_as(hidden_states)
+        return shared + routed.view_as(hidden_states)
 
     mixer.forward = types.MethodType(forward, mixer)
 

@@ -1,7 +1,10 @@
 """Packed documents give the values and gradients of the documents run alone, with every block kind."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import NemotronHForCausalLM
 
 from nemo_ray.model.batch import PackedBatch
@@ -102,3 +105,43 @@ def tiny_section():
     from nemo_ray.config.schema import AdapterSection
 
     return AdapterSection(**ALL_TARGETS)
+
+
+class _CountedProducts(TorchDispatchMode):
+    """Products by the shape (inputs, outputs) of their matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op in (torch.ops.aten._grouped_mm.default, torch.ops.aten.mm.default):
+            self.counts[tuple(args[1].shape[-2:])] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), None], ids=["frozen layers", "lora on all"])
+def test_recomputation_takes_no_last_product_again(targets):
+    """What a block computes last needs nothing kept: neither Mamba's nor attention's nor the experts' is."""
+    config = tiny_config(mamba_head_dim=10, head_dim=26, moe_intermediate_size=28)  # no two shapes alike
+    model = tiny_model(
+        config, {"adapter": "lora", "lora_target_modules": targets} if targets else ALL_TARGETS
+    )
+    model.train().model.embeddings.weight.requires_grad_(True)  # so that a gradient passes every block
+    ids = torch.randint(0, config.vocab_size, (1, 32))
+    counts = []
+    for recompute in (True, False):
+        for block in model.model.layers:
+            block.recompute = recompute
+        with _CountedProducts() as products:
+            model.packed_logits(PackedBatch.from_lengths(ids, [[32]])).sum().backward()
+        counts.append(products.counts)
+    again = counts[0] - counts[1]
+    kinds = Counter(block.block_type for block in model.model.layers)
+    for kind, first, last in (
+        ("linear_attention", (64, 232), (80, 64)),
+        ("full_attention", (64, 104), (104, 64)),
+        ("moe", (64, 28), (28, 64)),
+        ("mlp", (64, 96), (96, 64)),
+    ):
+        assert again[first] == kinds[kind] and again[last] == 0, (kind, again)
