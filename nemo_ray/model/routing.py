@@ -124,30 +124,27 @@ def combine(
     slots: torch.Tensor,
     back: torch.Tensor,
     weights: torch.Tensor | None,
-    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum each token's slots (S, H), which stand sorted, times their weights: addend[n] + sum over k of
-    weights[n, k] * slots[back[n, k]], summed in float32 and rounded once, giving (N, H) in slots' dtype.
+    """Sum each token's slots (S, H), which stand sorted, times their weights: over k, weights[n, k] *
+    slots[back[n, k]], summed in float32 and rounded once, giving (N, H) in slots' dtype.
 
     Not differentiable.
 
     Args:
         back: (S,) sorted positions, or (N, K) of them where there are no weights to tell K by.
         weights: (N, K), or None for ones.
-        addend: (N, H) or None.
     """
     if kernels.serve(slots):
         from nemo_ray.model.kernels import routing as fast
 
-        return fast.combine(slots, back, weights, addend)
-    return combine_reference(slots, back, weights, addend)
+        return fast.combine(slots, back, weights)
+    return combine_reference(slots, back, weights)
 
 
 def combine_reference(
     slots: torch.Tensor,
     back: torch.Tensor,
     weights: torch.Tensor | None,
-    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`combine` in torch; float64 stays float64."""
     shape = back.shape if weights is None else weights.shape
@@ -155,7 +152,4 @@ def combine_reference(
     rows = slots[back.view(shape)].to(wide)  # (N, K, H)
     if weights is not None:
         rows = rows.mul_(weights.unsqueeze(-1))
-    out = rows.sum(dim=1)
-    if addend is not None:
-        out = out + addend
-    return out.to(slots.dtype)
+    return rows.sum(dim=1).to(slots.dtype)

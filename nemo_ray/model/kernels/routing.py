@@ -209,13 +209,11 @@ def spread(x: torch.Tensor, back: torch.Tensor, top_k: int) -> torch.Tensor:
 
 @triton.jit
 def _combine(
-    slots, back, weights, addend, out, H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr
+    slots, back, weights, out, H: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros((WIDTH,), dtype=tl.float32)
-    if addend is not None:
-        total += tl.load(addend + token * H + column, mask=column < H, other=0.0).to(tl.float32)
     for k in tl.static_range(K):  # unrolled: many rows are on their way at once
         position = tl.load(back + token * K + k)
         row = tl.load(slots + position * H + column, mask=column < H, other=0.0).to(tl.float32)
@@ -229,7 +227,6 @@ def combine(
     slots: torch.Tensor,
     back: torch.Tensor,
     weights: torch.Tensor | None,
-    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See nemo_ray.model.routing.combine."""
     num_tokens, top_k = back.shape if weights is None else weights.shape
@@ -239,7 +236,6 @@ def combine(
     _combine[(num_tokens, cdiv(H, width))](
         slots.contiguous(), back.contiguous(),
         None if weights is None else weights.contiguous(),
-        None if addend is None else addend.contiguous(),
         out, H, top_k, width, num_warps=4,
     )  # fmt: skip
     return out

@@ -27,9 +27,8 @@ check(routing._choose_backward, 1, "*fp32 *i64 *fp32 *fp32 i32 fp32", **sizes)
 check(routing._count, 4, "*i64 *i32 i32 i32", BLOCK=128)
 check(routing._place, 4, "*i64 *i32 *i64 *i64 *i32 i32 i32", E=12, EP=16, BLOCK=128)
 check(routing._spread, 4, "*bf16 *i64 *bf16", H=24, K=3, WIDTH=32)
-check(routing._combine, 4, "*bf16 *i64 *fp32 *bf16 *bf16", H=24, K=3, WIDTH=32)
-none = dict(weights=None, addend=None)
-check(routing._combine, 4, "*bf16 *i64 constexpr constexpr *bf16", H=24, K=3, WIDTH=32, **none)
+check(routing._combine, 4, "*bf16 *i64 *fp32 *bf16", H=24, K=3, WIDTH=32)
+check(routing._combine, 4, "*bf16 *i64 constexpr *bf16", weights=None, H=24, K=3, WIDTH=32)
 
 check(nf4._dequantize, 4, "*i32 *u8 *fp32 *fp32 *fp32 *bf16 i32", BLOCK=64, SCALE_BLOCK=256, WORDS=nf4.WORDS)
 
