@@ -1,7 +1,6 @@
 """What each of two processes checks of a sharded LoRA; apart from the tests, so that it starts quickly."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from nemo_ray.config.schema import AdapterSection
@@ -30,8 +29,6 @@ def section_to_shard(init: object) -> AdapterSection:
 
 def compare_rows(rank: int, folder: str) -> None:
     """A worker's rows, new and loaded, are those of the whole tensors in `folder`."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for init in INITS:
         section = section_to_shard(init)
         model, _ = build(tiny_config(), section, Precision(), CPU)
@@ -41,7 +38,6 @@ def compare_rows(rank: int, folder: str) -> None:
         assert_rows_of(model, torch.load(f"{folder}/fresh-{init}.pt"))
         load_adapter(model, section, f"{folder}/adapter-{init}")
         assert_rows_of(model, torch.load(f"{folder}/trained-{init}.pt"))
-    dist.destroy_process_group()
 
 
 def assert_rows_of(model: nn.Module, expected: dict[str, torch.Tensor]) -> None:

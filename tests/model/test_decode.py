@@ -1,10 +1,7 @@
 """The cached forward against the packed one: same logits, however the text is split; and drawing tokens."""
 
-import multiprocessing
-
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +22,7 @@ from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.ssd import ssd_scan
 from nemo_ray.train.loss import bind_loss
 from nemo_ray.train.parallelize import Layout, parallelize
+from tests.group import run_in_group
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config, tiny_model
 from tests.model.uncached import complete_greedily
 
@@ -235,9 +233,7 @@ def test_top_p_keeps_the_fewest_that_have_the_share(top_p, kept):
     assert draws == kept
 
 
-def generate_sharded(rank: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def generate_sharded(rank: int) -> None:
     model, _ = build(tiny_config(latent=32), AdapterSection(**ALL_TARGETS), Precision(), CPU)
     bind_loss(model)
     parallel = parallelize(model, Layout(1, 2), CPU, recompute=False)
@@ -253,21 +249,9 @@ def generate_sharded(rank: int, store: str) -> None:
     assert all(p is before[name] for name, p in model.named_parameters())  # sharded again, for the optimizer
     model.packed_logits(PackedBatch.from_lengths(random_ids(20), [[20]])).sum().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    dist.destroy_process_group()
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.long
 def test_a_sharded_model_generates_the_same_and_trains_on(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=generate_sharded, args=(rank, str(tmp_path / "store"))) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=100)
-    alive = [process for process in processes if process.is_alive()]
-    for process in alive:
-        process.kill()
-    assert not alive and [process.exitcode for process in processes] == [0, 0]
+    run_in_group(generate_sharded, 2, tmp_path, limit_s=100)

@@ -1,7 +1,6 @@
 """LoRA as it is trained: ranks and scalings by pattern, first values, modules trained whole, going on."""
 
 import json
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from nemo_ray.peft_config import check_adapter_dir, section_of
 from nemo_ray.plan import count_lora
 from nemo_ray.targets import expert_paths, find_targets, linear_paths, saved_modules, strength_of
 from nemo_ray.train.loss import bind_loss, next_token_targets
+from tests.group import run_in_group
 from tests.model.lora_rows import INITS, compare_rows, section_to_shard
 from tests.model.shapes import ALL_TARGETS, CPU, randomize_lora, tiny_config
 
@@ -237,16 +237,7 @@ def test_first_values_and_loaded_ones_do_not_depend_on_the_sharding(tmp_path):
             tmp_path / f"adapter-{init}",
             write=True,
         )
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=compare_rows, args=(rank, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=220)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0, 0]
+    run_in_group(compare_rows, 2, tmp_path, str(tmp_path), limit_s=220)
 
 
 def test_first_values_follow_the_seed(base):

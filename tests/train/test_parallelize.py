@@ -1,6 +1,5 @@
 """Every layout over four processes computes the losses, gradients and files of one process."""
 
-import multiprocessing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from nemo_ray.model.selftest import self_test
 from nemo_ray.train.loss import IGNORED, bind_loss, next_token_targets
 from nemo_ray.train.optim import clip_gradients, make_optimizer
 from nemo_ray.train.parallelize import Layout, parallelize
+from tests.group import run_in_group
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
 
 WORLD = 4
@@ -107,9 +107,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def compare_layouts(rank: int, store: str, folder: str, name: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+def compare_layouts(rank: int, folder: str, name: str) -> None:
     case = CASES[name]
     reference, expected = train(Layout(1, 1), 0, case, checkpointing=False)
     assert expected[-2] < 0.95 * expected[0], expected
@@ -140,7 +138,6 @@ def compare_layouts(rank: int, store: str, folder: str, name: str) -> None:
         save_model(
             model, model.config, SavedBase(str(base)), Path(folder) / "out", torch.float32, write=rank == 0
         )
-    dist.destroy_process_group()
 
 
 SAMPLED = "lora"
@@ -153,17 +150,7 @@ SAMPLED = "lora"
 def test_four_processes_equal_one(tmp_path, name):
     base = tmp_path / "base"
     tiny_config(latent=32).save_pretrained(base)
-    context = multiprocessing.get_context("spawn")
-    args = (str(tmp_path / "store"), str(tmp_path), name)
-    processes = [context.Process(target=compare_layouts, args=(rank, *args)) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=220)
-    alive = [process for process in processes if process.is_alive()]
-    for process in alive:
-        process.kill()
-    assert not alive and [process.exitcode for process in processes] == [0] * WORLD
+    run_in_group(compare_layouts, WORLD, tmp_path, str(tmp_path), name, limit_s=220)
     if not CASES[name].adapter:
         saved = load_file(tmp_path / "out/model.safetensors")
         assert "backbone.layers.1.mixer.experts.7.up_proj.weight" in saved
