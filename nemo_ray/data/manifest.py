@@ -56,6 +56,8 @@ class SourceInfo:
     tokens_per_row: float
     """Estimated from the first rows; rows that are dropped count as 0."""
     evaluation_only: bool
+    weight: float | None = None
+    """Its part of an epoch's tokens, relative to the other sources' weights; None: each row once an epoch."""
 
 
 @dataclass(frozen=True)

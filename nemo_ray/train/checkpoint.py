@@ -33,6 +33,7 @@ class TrainState:
 
     step: int = 0
     cursor: int = 0  # packs consumed, in global order, over all epochs
+    place: dict[str, Any] | None = None  # where the reader of packs goes on; None at the beginning
     epoch: float = 0.0  # rows consumed / rows of an epoch
     data_hash: str = ""
 

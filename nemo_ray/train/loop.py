@@ -69,7 +69,7 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
             packs_per_step=self.world_size * self._packs_per_rank(),
-            cursor=self.state.cursor,
+            place=self.state.place,
         )
         finished = True
         # The first evaluation is no measure of the steps' pace.
@@ -101,7 +101,7 @@ class Trainer:
         rate = learning_rate(self.train, self.state.step, before, after)
         loss_sum, grad_norm = self.update(packs.packs, num_targets, rate)
         self.state.step += 1
-        self.state.cursor, self.state.epoch = packs.cursor, packs.epoch
+        self.state.cursor, self.state.place, self.state.epoch = packs.cursor, packs.place, packs.epoch
         self.state.data_hash = extend_hash(self.state.data_hash, packs.sample_ids)
         row = dict.fromkeys(TRAIN_FIELDS) | {
             "step": self.state.step,

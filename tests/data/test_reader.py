@@ -1,10 +1,12 @@
 """The order: exact, the same for every number of workers, and independent of what is prepared when."""
 
+import json
 import math
 import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +70,7 @@ def read(
     packs_per_step: int = 4,
     epochs: float = 1.0,
     seed: int = 0,
-    cursor: int = 0,
+    place: dict[str, Any] | None = None,
     world: int = 1,
 ) -> list[list[StepPacks]]:
     """All steps, each as the list of what every rank got."""
@@ -80,7 +82,7 @@ def read(
             rank=rank,
             world_size=world,
             packs_per_step=packs_per_step,
-            cursor=cursor,
+            place=place,
         )
         for rank in range(world)
     ]
@@ -157,7 +159,9 @@ def test_resuming_anywhere_equals_going_on(
     plan = ready(tmp_path, packs)
     steps = read(plan, packs_per_step=4, epochs=3, seed=seed)
     at = data.draw(st.integers(0, len(steps) - 1))
-    resumed = read(plan, packs_per_step=4, epochs=3, seed=seed, cursor=steps[at][0].cursor, world=2)
+    resumed = read(
+        plan, packs_per_step=4, epochs=3, seed=seed, place=json.loads(json.dumps(steps[at][0].place)), world=2
+    )
     assert len(resumed) == len(steps) - at - 1
     for old, new in zip(steps[at + 1 :], resumed, strict=True):
         assert global_ids(old) == global_ids(new)
@@ -206,6 +210,79 @@ def test_every_part_of_an_epoch_sees_all_sources(tmp_path: Path) -> None:
     assert all(0.1 < share < 0.4 for share in shares), shares
     order = [plan.windows[index].source for index in window_order(plan, seed=3)]
     assert all(sum(order[start : start + 8]) == 2 for start in range(0, 80, 8))
+
+
+def weighted(plan: DataPlan, weights: list[float]) -> DataPlan:
+    value = plan.to_json()
+    sources = [{**source, "weight": weight} for source, weight in zip(value["sources"], weights, strict=True)]
+    return DataPlan.from_json({**value, "sources": sources})
+
+
+@relaxed
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    weights=st.lists(st.sampled_from([0.1, 0.5, 1.0, 3.0]), min_size=4, max_size=4),
+    seed=st.integers(0, 3),
+    epochs=st.integers(1, 4),
+)
+def test_weights_are_shares_of_tokens_and_no_row_is_favoured(
+    tmp_path: Path, counts: list[int], weights: list[float], seed: int, epochs: int
+) -> None:
+    """Every window has five packs of one row each, so that rows, packs and tokens are in proportion."""
+    plan = weighted(ready(tmp_path, [[5] * count for count in counts]), weights[: len(counts)])
+    rows = rows_of(read(plan, epochs=epochs, seed=seed))
+    total, per_epoch = sum(weights[: len(counts)]), 5 * sum(counts)
+    seen = Counter(rows)
+    for source, count in enumerate(counts):
+        share = weights[source] / total
+        drawn = np.cumsum([one == source for one, _ in rows])
+        ideal = share * np.arange(1, len(rows) + 1)
+        assert np.abs(drawn - ideal).max() < 2 * len(counts), "all along the epoch"
+        times = share * per_epoch * epochs / (5 * count)
+        assert {seen[source, row] for row in range(5 * count)} <= {math.floor(times), math.ceil(times)}
+    assert abs(len(rows) - epochs * per_epoch) <= len(counts)
+
+
+@relaxed
+@given(
+    packs=shapes,
+    weights=st.lists(st.sampled_from([0.2, 1.0, 2.5]), min_size=3, max_size=3),
+    seed=st.integers(0, 3),
+    data=st.data(),
+)
+def test_resuming_anywhere_equals_going_on_with_weights(
+    tmp_path: Path, packs: list[list[int]], weights: list[float], seed: int, data: st.DataObject
+) -> None:
+    plan = weighted(ready(tmp_path, packs), weights[: len(packs)])
+    reader = PackReader(plan, seed=seed, num_epochs=4, rank=0, world_size=1, packs_per_step=4)
+    try:
+        steps = list(iter(reader.next_step, None))
+    except DataError:
+        return  # an epoch that reads windows without packs only
+    at = data.draw(st.integers(0, len(steps) - 1))
+    resumed = read(plan, packs_per_step=4, epochs=4, seed=seed, place=steps[at].place)
+    assert [global_ids([step]) for step in steps[at + 1 :]] == [global_ids(step) for step in resumed]
+    assert [step.epoch for step in steps[at + 1 :]] == [step[0].epoch for step in resumed]
+
+
+def test_windows_are_prepared_before_training_waits_for_them(tmp_path: Path) -> None:
+    """A tenth of a source with few windows is asked for at once, though its windows are far apart."""
+    plan = weighted(make_plan(tmp_path, [[5] * 90, [5] * 4, [5] * 30]), [0.8, 0.1, 0.1])
+    order = window_order(plan, seed=5)
+    assert sorted(order) == list(range(124))
+    assert {plan.windows[index].source for index in order[:10]} == {0, 1, 2}
+    opened: list[int] = []
+
+    def num_packs(window: int) -> int:
+        if window not in opened:
+            opened.append(window)
+        return 5
+
+    draws = EpochOrder(plan, 5, 0, num_packs)
+    while draws.draw() is not None:
+        pass
+    late = [order.index(window) - at for at, window in enumerate(opened)]
+    assert max(late) < 16, "of 124, at most so many windows before it are not needed yet"
 
 
 def test_fractional_epochs_stop_at_their_share_of_rows(tmp_path: Path) -> None:
