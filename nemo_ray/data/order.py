@@ -53,11 +53,11 @@ class Visit(NamedTuple):
 class Stream:
     """One source's rows, round after round."""
 
-    def __init__(self, plan: DataPlan, source: int, windows: list[int], seed: int, times: float) -> None:
-        """`windows`: indices of the source's windows; `times`: rounds in an epoch."""
+    def __init__(self, plan: DataPlan, source: int, seed: int, times: float) -> None:
+        """`times`: rounds in an epoch."""
         self.source = source
-        self._windows = np.array(windows, dtype=np.int64)
-        self._sizes = np.array([plan.windows[index].num_rows for index in windows], dtype=np.int64)
+        self._windows: Int64 = np.flatnonzero(plan.windows.sources == source)
+        self._sizes = plan.windows.num_rows[self._windows]
         self.rows = int(self._sizes.sum())
         self._seed, self._times = seed, times
         self._round = -1
@@ -88,15 +88,8 @@ class Stream:
 
 def streams(plan: DataPlan, seed: int) -> list[Stream]:
     """The streams of all sources that are trained on."""
-    windows: list[list[int]] = [[] for _ in plan.sources]
-    for index, window in enumerate(plan.windows):
-        windows[window.source].append(index)
-    times = passes(plan.sources)
-    return [
-        Stream(plan, source, found, seed, times[source])
-        for source, found in enumerate(windows)
-        if found and times[source]
-    ]
+    found = (Stream(plan, source, seed, times) for source, times in enumerate(passes(plan.sources)) if times)
+    return [stream for stream in found if stream.rows]
 
 
 def _slots(plan: DataPlan, parts: list[Stream]) -> list[int]:

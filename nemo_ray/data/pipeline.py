@@ -146,7 +146,7 @@ class _Review:
         self._plan = plan
         self._num_windows = num_windows
         self._progress = progress
-        self._num_rows = plan.num_rows + sum(window.num_rows for window in plan.eval_windows)
+        self._num_rows = plan.num_rows + int(plan.eval_windows.num_rows.sum())
         self._totals = Totals()
         self._rejected: list[dict[str, Any]] = []
 

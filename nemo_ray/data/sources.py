@@ -20,7 +20,16 @@ import numpy as np
 from nemo_ray.config.schema import DataSection, DatasetSpec
 from nemo_ray.data.files import RUN_ROWS, FileIndex, ParquetIndex, read_span, scan
 from nemo_ray.data.held_out import choose_fraction, choose_rows
-from nemo_ray.data.manifest import FORMAT_VERSION, DataPlan, FileInfo, SourceInfo, Span, Window, digest
+from nemo_ray.data.manifest import (
+    FORMAT_VERSION,
+    DataPlan,
+    FileInfo,
+    SourceInfo,
+    Span,
+    Window,
+    WindowList,
+    digest,
+)
 from nemo_ray.data.prepare import encode_rows, row_columns
 from nemo_ray.data.splits import list_files, parse_split
 from nemo_ray.data.template import RowError, chat_template
@@ -90,8 +99,8 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
         directory=str(Path(directory).expanduser().absolute()),
         fingerprint=digest(FORMAT_VERSION, keys, loaded.pad_id),
         sequence_len=data.sequence_len,
-        windows=tuple(windows),
-        eval_windows=tuple(eval_windows),
+        windows=WindowList(windows),
+        eval_windows=WindowList(eval_windows),
         sources=tuple(infos),
         notices=_notices(data, loaded),
         pad_id=loaded.pad_id,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from nemo_ray.data.files import BLANK_LINE
-from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.manifest import DataPlan, Window, WindowList
 from nemo_ray.data.shards import ShardStats, read_stats
 
 
@@ -79,11 +79,11 @@ def data_statistics(plan: DataPlan) -> dict[str, Any]:
     }
 
 
-def _part(plan: DataPlan, windows: tuple[Window, ...]) -> dict[str, Any]:
+def _part(plan: DataPlan, windows: WindowList) -> dict[str, Any]:
     return {
         "windows": len(windows),
-        "planned_rows": sum(window.num_rows for window in windows),
-        "estimated_tokens": round(sum(plan.estimated_tokens(window) for window in windows)),
+        "planned_rows": int(windows.num_rows.sum()),
+        "estimated_tokens": round(plan.estimated_tokens(windows)),
         **sum_shards(plan, windows).to_json(plan.sequence_len),
     }
 

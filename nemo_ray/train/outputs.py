@@ -16,7 +16,7 @@ from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.session import JOB_CONFIG_VARIABLE
-from nemo_ray.storage import publish_json, read_json
+from nemo_ray.storage import publish_bytes, read_json
 
 DEFAULT_STORAGE_PATH = "~/nemo_ray"
 _PACKAGES = ("nemo_ray", "ray", "torch", "transformers", "peft", "pyarrow")
@@ -159,7 +159,7 @@ def begin(run: RunDir, start: Start, plan: DataPlan) -> None:
         for later in complete[names.index(start.checkpoint.name) + 1 :]:
             later.rename(later.with_name(f"{later.name}.superseded-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
     if start.checkpoint is None or not run.data_plan_file.exists():
-        publish_json(run.data_plan_file, plan.to_json())
+        publish_bytes(run.data_plan_file, json.dumps(plan.to_json()).encode())
 
 
 def check_plan(run: RunDir, plan: DataPlan) -> None:
@@ -179,7 +179,8 @@ def check_plan(run: RunDir, plan: DataPlan) -> None:
 
 
 def _identity(plan: DataPlan) -> tuple[object, ...]:
-    return plan.fingerprint, plan.windows, plan.eval_windows
+    weights = [source.weight for source in plan.sources]
+    return plan.fingerprint, plan.windows, plan.eval_windows, weights
 
 
 def run_facts(

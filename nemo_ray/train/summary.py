@@ -56,8 +56,8 @@ def describe_adapter(config: Config) -> str:
 
 def describe_data(config: Config, plan: DataPlan, world_size: int) -> list[Row]:
     """Rows, and estimates of tokens and steps; shards that exist already change nothing here."""
-    held_out = sum(window.num_rows for window in plan.eval_windows)
-    tokens = sum(plan.estimated_tokens(window) for window in plan.windows)
+    held_out = int(plan.eval_windows.num_rows.sum())
+    tokens = plan.estimated_tokens(plan.windows)
     packs_per_step = world_size * config.micro_batch_size * config.gradient_accumulation_steps
     step_tokens = packs_per_step * plan.sequence_len
     num_steps = math.ceil(math.ceil(tokens / step_tokens) * config.num_epochs)

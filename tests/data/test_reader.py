@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_ray.data.encode import Sample
-from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, Span, Window
+from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, Span, Window, WindowList
 from nemo_ray.data.order import EpochOrder, window_order
 from nemo_ray.data.reader import EvalReader, PackReader, StepPacks
 from nemo_ray.data.shards import ShardStats, write_shard
@@ -35,7 +35,7 @@ def make_plan(folder: Path, packs: list[list[int]], name: str = "") -> DataPlan:
             windows.append(Window(source, (span,), ROWS, f"{name}s{source}w{number}p{counts[number]}"))
         file = FileInfo(f"{source}.jsonl", f"{source}.jsonl", "x", "jsonl", len(counts) * ROWS, 0)
         infos.append(SourceInfo(str(source), "completion", (file,), file.num_rows, 0, ROWS, 3.0, False))
-    return DataPlan(str(folder), "f", LENGTH, tuple(windows), (), tuple(infos), (), 0)
+    return DataPlan(str(folder), "f", LENGTH, WindowList(windows), WindowList(), tuple(infos), (), 0)
 
 
 def write(plan: DataPlan, index: int) -> None:
@@ -304,7 +304,7 @@ def test_sources_with_equal_rows_share_shards_but_not_row_numbers(tmp_path: Path
     plan = ready(tmp_path, [[5, 5]])
     value = plan.to_json()
     again = {**value["sources"][0], "files": [{**value["sources"][0]["files"][0], "first_row": 1000}]}
-    windows = [*value["windows"], *({**window, "source": 1} for window in value["windows"])]
+    windows = [*value["windows"], *([1, *window[1:]] for window in value["windows"])]
     both = DataPlan.from_json({**value, "sources": [value["sources"][0], again], "windows": windows})
     assert sorted(rows_of(read(both))) == [(0, row) for row in range(10)] + [
         (1, 1000 + row) for row in range(10)

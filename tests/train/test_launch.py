@@ -15,7 +15,7 @@ import pytest
 from nemo_ray import failures, session
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config, RaySection
-from nemo_ray.data.manifest import DataPlan, Span, Window
+from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, Span, Window, WindowList
 from nemo_ray.errors import ClusterError, ConfigError, DataError, PatchError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train import outputs, resources, summary
@@ -31,9 +31,13 @@ def config(**changes: Any) -> Config:
     return Config.model_validate({**base, **changes})
 
 
+FILE = FileInfo("rows.jsonl", "rows.jsonl", "x", "jsonl", 10, 0)
+SOURCE = SourceInfo("rows.jsonl", "completion", (FILE,), 10, 0, 10, 3.0, False)
+
+
 def data_plan(fingerprint: str = "f00d", rows: int = 10) -> DataPlan:
     window = Window(0, (Span(0, 0, 100, 0, rows),), rows, "key")
-    return DataPlan("prepared", fingerprint, 64, (window,), (), (), (), 0)
+    return DataPlan("prepared", fingerprint, 64, WindowList([window]), WindowList(), (SOURCE,), (), 0)
 
 
 def checkpoint(run: RunDir, step: int) -> Path:
