@@ -26,8 +26,8 @@ class StepPacks:
 
     packs: tuple[Pack, ...]
     """This rank's: exactly packs_per_step / world_size, all-masked where the epoch ran out."""
-    sample_ids: tuple[Int64, ...]
-    """(num_docs, 2) arrays of (source, row), one per pack of the WHOLE step in order, without fillers."""
+    drawn: tuple[tuple[str, int], ...]
+    """(window's key, pack of its shard) of each pack of the WHOLE step in order, without fillers."""
     cursor: int
     """Global packs consumed after this step, over all epochs; fillers do not count."""
     place: dict[str, Any]
@@ -62,17 +62,12 @@ class _Shards:
         """Seconds waited since this was last asked."""
         return self._waiting.take_waited_s()
 
-    def sample_rows(self, read: _Read) -> Int64:
-        """(num_docs,) row numbers in the source."""
+    def read(self, read: _Read) -> Pack:
+        """The pack, padded to sequence_len."""
         shard, starts, first_rows = self._open(read.window)
         rows = shard.rows(read.pack)
         span = np.searchsorted(starts, rows, side="right") - 1
-        source_rows: Int64 = first_rows[span] + (rows - starts[span])
-        return source_rows
-
-    def pack(self, read: _Read, sample_rows: Int64) -> Pack:
-        """The pack, padded to sequence_len."""
-        shard, _, _ = self._open(read.window)
+        sample_rows: Int64 = first_rows[span] + (rows - starts[span])
         plan = self._plan
         return shard.pack(read.pack, sample_rows, read.window.source, plan.sequence_len, plan.pad_id)
 
@@ -107,17 +102,13 @@ class _Ranks:
     def step(
         self, reads: list[_Read], cursor: int, place: dict[str, Any], epoch: float, end_of_epoch: bool
     ) -> StepPacks:
-        """Read this rank's packs, and the sample ids of all."""
-        rows = [self.shards.sample_rows(read) for read in reads]
+        """Read this rank's packs."""
         packs = [
-            self.shards.pack(reads[i], rows[i]) if i < len(reads) else self._filler
+            self.shards.read(reads[i]) if i < len(reads) else self._filler
             for i in range(self._rank, self.packs_per_step, self._world_size)
         ]
-        ids = tuple(
-            np.stack([np.full(len(row), read.window.source, dtype=np.int64), row], axis=1)
-            for read, row in zip(reads, rows, strict=True)
-        )
-        return StepPacks(tuple(packs), ids, cursor, place, epoch, end_of_epoch, self.shards.waited_s())
+        drawn = tuple((read.window.key, read.pack) for read in reads)
+        return StepPacks(tuple(packs), drawn, cursor, place, epoch, end_of_epoch, self.shards.waited_s())
 
     @cached_property
     def _filler(self) -> Pack:

@@ -102,7 +102,7 @@ class Trainer:
         loss_sum, grad_norm = self.update(packs.packs, num_targets, rate)
         self.state.step += 1
         self.state.cursor, self.state.place, self.state.epoch = packs.cursor, packs.place, packs.epoch
-        self.state.data_hash = extend_hash(self.state.data_hash, packs.sample_ids)
+        self.state.data_hash = extend_hash(self.state.data_hash, packs.drawn)
         row = dict.fromkeys(TRAIN_FIELDS) | {
             "step": self.state.step,
             "epoch": self.state.epoch,

@@ -99,7 +99,7 @@ def test_shards_from_ray_are_those_made_here(
     reader = PackReader(plan, seed=0, num_epochs=1, rank=0, world_size=1, packs_per_step=4, timeout_s=60)
     rows = 0
     while (step := reader.next_step()) is not None:
-        rows += sum(len(ids) for ids in step.sample_ids)
+        rows += sum(len(pack.sample_rows) for pack in step.packs)
     driver.join()
     count = len(plan.windows) + len(plan.eval_windows)
     assert count > 5 and ready == [(n + 1, count) for n in range(count)]

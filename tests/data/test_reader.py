@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nemo_ray.data.encode import Sample
 from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, Span, Window, WindowList
 from nemo_ray.data.order import EpochOrder, window_order
+from nemo_ray.data.packing import Pack
 from nemo_ray.data.reader import EvalReader, PackReader, StepPacks
 from nemo_ray.data.shards import ShardStats, write_shard
 from nemo_ray.errors import DataError
@@ -97,7 +98,19 @@ def read(
 
 def rows_of(steps: list[list[StepPacks]]) -> list[tuple[int, int]]:
     """(source, row) in global order."""
-    return [(int(a), int(b)) for step in steps for ids in step[0].sample_ids for a, b in ids]
+    return [
+        (int(source), int(row))
+        for step in steps
+        for pack in packs_of(step)
+        for source, row in zip(pack.sources, pack.sample_rows, strict=True)
+    ]
+
+
+def packs_of(step: list[StepPacks]) -> list[Pack]:
+    """The step's packs in global order, put together from the ranks, without fillers."""
+    packs = [part.packs[i] for i in range(len(step[0].packs)) for part in step]
+    assert all(len(pack.sample_rows) for pack in packs[: len(step[0].drawn)])
+    return packs[: len(step[0].drawn)]
 
 
 def global_ids(step: list[StepPacks]) -> list[list[int]]:
@@ -148,7 +161,7 @@ def test_steps_do_not_depend_on_the_number_of_workers(
         assert all(len(part.packs) == 8 // world for part in step)
         assert all(part.cursor == step[0].cursor and part.epoch == step[0].epoch for part in step)
         fillers = sum(not len(pack.sample_rows) for part in step for pack in part.packs)
-        assert fillers == 8 - len(step[0].sample_ids)
+        assert fillers == 8 - len(step[0].drawn)
 
 
 @relaxed
@@ -170,7 +183,7 @@ def test_resuming_anywhere_equals_going_on(
             new[0].epoch,
             new[0].end_of_epoch,
         )
-        assert all(np.array_equal(a, b) for a, b in zip(old[0].sample_ids, new[0].sample_ids, strict=True))
+        assert old[0].drawn == new[0].drawn
 
 
 @relaxed
@@ -205,7 +218,7 @@ def test_these_tests_are_not_vacuous(tmp_path: Path) -> None:
 
 def test_every_part_of_an_epoch_sees_all_sources(tmp_path: Path) -> None:
     plan = ready(tmp_path, [[5] * 60, [5] * 20])
-    sources = [int(pack[0][0]) for step in read(plan) for pack in step[0].sample_ids]
+    sources = [int(pack.sources[0]) for step in read(plan) for pack in packs_of(step)]
     shares = [np.mean(sources[start : start + 100]) for start in range(0, 400, 100)]
     assert all(0.1 < share < 0.4 for share in shares), shares
     order = [plan.windows[index].source for index in window_order(plan, seed=3)]
@@ -368,7 +381,7 @@ def test_held_out_packs_in_fixed_order(tmp_path: Path) -> None:
         seen: list[list[int]] = []
         for cursor, count in ((4, 4), (8, 4), (10, 2)):
             step = [part for part in (reader.next_step() for reader in readers) if part is not None]
-            assert step[0].cursor == cursor and len(step[0].sample_ids) == count
+            assert step[0].cursor == cursor and len(step[0].drawn) == count
             assert step[0].end_of_epoch == (cursor == 10)
             seen += global_ids(step)[:count]
         assert all(reader.next_step() is None for reader in readers)
