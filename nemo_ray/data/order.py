@@ -14,6 +14,7 @@ the whole mix, and all sources end together.
 
 import heapq
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,12 +125,18 @@ def window_order(plan: DataPlan, seed: int) -> list[int]:
     return found
 
 
-class _Open(NamedTuple):
+@dataclass(slots=True)
+class _Open:
     """A visit under way: `packs`, `drawn` are of the visit; packs is -1 until it is first asked for."""
 
     visit: Visit
-    packs: int
-    drawn: int
+    packs: int = -1
+    drawn: int = 0
+
+    def rows_left(self) -> float:
+        """Rows that the packs not drawn yet stand for: the visit's rows count evenly over its packs."""
+        rows = self.visit.last - self.visit.first
+        return rows * (self.packs - self.drawn) / self.packs if self.packs > 0 else rows
 
 
 class _Stretch:
@@ -167,7 +174,7 @@ class _Stretch:
             one = self.open[slot]
             if one.packs < 0:
                 first, last = one.visit.packs(num_packs(one.visit.window))
-                self.open[slot] = one = one._replace(packs=last - first)
+                one.packs = last - first
             if one.packs:
                 return slot
             self._close(slot)
@@ -176,19 +183,14 @@ class _Stretch:
     def draw(self, slot: int) -> tuple[Visit, int]:
         """The visit, and the number of its pack that is drawn."""
         one = self.open[slot]
-        if one.drawn + 1 == one.packs:
+        one.drawn += 1
+        if one.drawn == one.packs:
             self._close(slot)
-        else:
-            self.open[slot] = one._replace(drawn=one.drawn + 1)
-        return one.visit, one.drawn
+        return one.visit, one.drawn - 1
 
     def rows_drawn(self) -> float:
-        """Rows that the drawn packs stand for: a visit's rows count evenly over its packs."""
-        rows = float(self.place - self._first)
-        for one in self.open:
-            left = (one.packs - one.drawn) / one.packs if one.packs > 0 else 1.0
-            rows -= left * (one.visit.last - one.visit.first)
-        return rows
+        """Rows that the drawn packs stand for."""
+        return self.place - self._first - sum([one.rows_left() for one in self.open])
 
     def progress(self) -> float:
         """The part of the stretch after half of the next pack, about: the smallest is drawn from."""
@@ -207,7 +209,7 @@ class _Stretch:
 
     def _refill(self, slot: int) -> None:
         visit = self.stream.visit(self.place, self._last)
-        self.open.insert(slot, _Open(visit, -1, 0))
+        self.open.insert(slot, _Open(visit))
         self.place += visit.last - visit.first
 
 
