@@ -66,9 +66,16 @@ def cut(rendered: Rendered, cut_tokens: tuple[str, ...]) -> list[Piece]:
             if last < place < len(text):
                 cuts.append(place)
     pieces = []
+    following = 0  # the first target that does not end before the piece
     for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True):
-        inside = ((max(a, start) - start, min(b, stop) - start) for a, b in rendered.targets)
-        pieces.append(Piece(text[start:stop], tuple((a, b) for a, b in inside if a < b)))
+        inside = []
+        at = following
+        while at < len(rendered.targets) and rendered.targets[at][0] < stop:
+            first, last = rendered.targets[at]
+            inside.append((max(first, start) - start, min(last, stop) - start))
+            at += 1
+        following = at - 1 if inside and rendered.targets[at - 1][1] > stop else at
+        pieces.append(Piece(text[start:stop], tuple(inside)))
     return pieces
 
 
