@@ -158,14 +158,14 @@ FOREIGN: tuple[Foreign, ...] = (
     refuse("shuffle_merged_datasets", "packs are always shuffled by seed; remove the key", (True,)),
     refuse(
         "skip_prepare_dataset dataset_exact_deduplication dataset_shard_num dataset_shard_idx min_sample_len "
-        "eval_sequence_len pretraining_dataset pretraining_sample_concatenation default_system_message "
-        "chat_template_kwargs field_messages message_property_mappings",
+        "eval_sequence_len pretraining_sample_concatenation default_system_message field_messages "
+        "message_property_mappings",
         "not supported at the top level; choose and shape the rows in datasets (plain text: type: "
         "completion)",
     ),
-    notice(
-        "eot_tokens train_on_eos train_on_eot roles_to_train",
-        "the chat template's generation marks say what is a target",
+    refuse(
+        "train_on_eos train_on_eot roles_to_train",
+        "what is trained is said for each dataset; give the key in its entry of datasets",
     ),
     refuse(
         "tokens additional_special_tokens added_tokens_overrides resize_token_embeddings_to_32x "

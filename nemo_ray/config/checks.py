@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 
+from nemo_ray.config.dataset_checks import format_notices, format_rules, template_path_errors
 from nemo_ray.config.schema import AdapterSection, Config, DatasetSpec
 from nemo_ray.config.translate import show
 
@@ -101,13 +102,6 @@ def _data_rules(config: Config) -> Iterator[str]:
             f"val_set_size: {config.val_set_size} and test_datasets both say what is held out; keep one "
             "(val_set_size: 0)"
         )
-    if config.chat_template != "tokenizer_default" and not config.chat_template.endswith(
-        (".jinja", ".jinja2")
-    ):
-        yield (
-            f"chat_template: {show(config.chat_template)} is not a file; give tokenizer_default, or the "
-            "path of a .jinja file (named and inline templates are not built in)"
-        )
     for token in config.special_tokens:
         if token not in _TOKENS:
             yield f"special_tokens.{token}: cannot be set here; only {', '.join(_TOKENS)} can"
@@ -116,6 +110,8 @@ def _data_rules(config: Config) -> Iterator[str]:
             yield (
                 f"{key}.split: {show(spec.split)} is not a slice; write train, train[:20%] or train[100:200]"
             )
+
+    yield from format_rules(config)
 
 
 def _cluster_rules(config: Config) -> Iterator[str]:
@@ -155,6 +151,7 @@ def rule_notices(config: Config) -> list[str]:
     rhythm = [name for name in ("evals_per_epoch", "eval_steps") if _given(config, name)]
     if rhythm and not config.val_set_size and not config.test_datasets:
         notices.append(f"{rhythm[0]}: not used, since val_set_size and test_datasets hold out no rows")
+    notices += format_notices(config)
     if _given(config, "revision_of_model") and not is_hub_id(config.base_model):
         notices.append("revision_of_model: not used, since base_model is a folder, not a hub id")
     return notices
@@ -210,11 +207,7 @@ def path_errors(config: Config) -> list[str]:
         )
     for key, spec in _specs(config):
         errors += _dataset_errors(key, spec)
-    if config.chat_template != "tokenizer_default" and not os.path.isfile(config.chat_template):
-        errors.append(
-            f"chat_template: {show(config.chat_template)} is not a file; give the path of a .jinja file"
-        )
-    return errors
+    return [*errors, *template_path_errors(config)]
 
 
 def is_hub_id(base_model: str) -> bool:

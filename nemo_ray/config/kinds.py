@@ -62,6 +62,8 @@ Resources = Annotated[dict[Text, NonNegative], Kind("a map from resource name to
 RankPattern = Annotated[dict[Text, PositiveInt], Kind("a map from text to a whole number above 0")]
 AlphaPattern = Annotated[dict[Text, Positive], Kind("a map from text to a number above 0")]
 Mapping = Annotated[dict[Text, Text], Kind("a map from text to text")]
+RolesMap = Annotated[dict[Text, TextList], Kind("a map from a role to a list of its names")]
+Arguments = Annotated[dict[Text, Any], Kind("a map from text to values")]
 
 
 def describe(hint: Any) -> str:

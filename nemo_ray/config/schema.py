@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nemo_ray.config.kinds import (
     AlphaPattern,
+    Arguments,
     Bool,
     FailureCount,
     Fraction,
@@ -26,6 +27,7 @@ from nemo_ray.config.kinds import (
     RankPattern,
     Ratio,
     Resources,
+    RolesMap,
     Seed,
     Text,
     TextList,
@@ -142,10 +144,16 @@ class DatasetSpec(Section):
 
     path: PathText = Field(description="A file, or a folder of files: JSON lines, a JSON array, or Parquet.")
     name: Text | None = Field(None, description="Configuration of a hub dataset.")
-    type: Literal["chat_template", "completion"] = Field(
+    type: Literal[
+        "chat_template", "prompt_completion", "alpaca", "input_output", "completion", "pretrain", "tokenized"
+    ] = Field(
         "chat_template",
-        description="`chat_template`: rows hold a conversation, rendered by the chat template; assistant "
-        "tokens are the targets. `completion`: rows hold plain text, every token is a target.",
+        description="What a row holds (docs/formats.md shows each). `chat_template`: a conversation, "
+        "rendered by the chat template; the assistant's turns are trained. `prompt_completion`: a prompt "
+        "and its completion, as text or as messages; the completion is trained. `alpaca`: instruction, "
+        "input and output; the output is trained. `input_output`: segments of text, each trained or not. "
+        "`completion`: plain text, all of it trained. `pretrain`: the same, and a text longer than "
+        "`sequence_len` becomes several documents. `tokenized`: `input_ids` and `labels`.",
     )
     split: Text | None = Field(
         None, description="Rows to take, as a slice: `train[:20%]`, `train[100:200]`; without one, all rows."
@@ -159,7 +167,92 @@ class DatasetSpec(Section):
         {"role": "role", "content": "content"},
         description="Name in the chat template: field of a message. Fields that are not named keep theirs.",
     )
-    field: Text = Field("text", description="Field of a `completion` row that holds the text.")
+    field: Text = Field("text", description="Field of a `completion` or `pretrain` row that holds the text.")
+    roles: RolesMap = Field(
+        {},
+        description="Role in the chat template: names that it has in the rows, such as `{assistant: [bot]}`. "
+        "Other roles keep theirs.",
+        json_schema_extra={"default_text": "`{user: [human], assistant: [gpt]}`"},
+    )
+    roles_to_train: TextList = Field(
+        ("assistant",),
+        description="Roles whose turns are trained. `[]`: only what `message_field_training` says.",
+        json_schema_extra={"default_text": "`[assistant]`"},
+    )
+    message_field_training: Text | None = Field(
+        None,
+        description="Field of a message that says, true or false, whether its turn is trained; it wins over "
+        "`roles_to_train`.",
+    )
+    message_field_training_detail: Text | None = Field(
+        None,
+        description="Field of a message that lists parts of its content: "
+        "`{begin_offset, end_offset, train}`, in characters, the last one included. Only parts with "
+        "`train: true` are trained, and the token that ends the turn.",
+    )
+    train_on_eos: Literal["all", "turn", "last", "none"] | None = Field(
+        None,
+        description="Whether the eos token is trained where it ends a turn: of every turn, of every trained "
+        "turn, of the last trained turn, or never.",
+        json_schema_extra={"default_text": "as the template's marks say; without marks, `turn`"},
+    )
+    train_on_eot: Literal["all", "turn", "last", "none"] | None = Field(
+        None,
+        description="The same for the other tokens of `eot_tokens`.",
+        json_schema_extra={"default_text": "as train_on_eos"},
+    )
+    eot_tokens: TextList = Field((), description="As at the top level, for this dataset.")
+    drop_system_message: Bool = Field(
+        False, description="Leave out a chat's first turn if it is a system turn."
+    )
+    field_system: Text | None = Field(
+        None,
+        description="Field of a row that holds a system message, put before a chat without one; for "
+        "`alpaca`, the field that takes the place of `system_prompt`.",
+        json_schema_extra={"default_text": "`system` for chats"},
+    )
+    field_tools: Text = Field(
+        "tools",
+        description="Field of a row that holds its tools: a list of objects, or the same as JSON text.",
+    )
+    chat_template: Annotated[PathText | None, Kind("tokenizer_default or a path")] = Field(
+        None,
+        description="Another chat template for this dataset.",
+        json_schema_extra={"default_text": "as at the top level"},
+    )
+    chat_template_kwargs: Arguments = Field(
+        {}, description="As at the top level, for this dataset; a name given here wins."
+    )
+    field_prompt: Text = Field("prompt", description="Field of a `prompt_completion` row: text or messages.")
+    field_completion: Text = Field("completion", description="The field with what follows the prompt.")
+    field_segments: Text = Field(
+        "segments", description="Field of an `input_output` row: a list of `{label: true or false, text}`."
+    )
+    field_instruction: Text = Field("instruction", description="Field of an `alpaca` row with the task.")
+    field_input: Text = Field(
+        "input", description="The field with its input; absent or empty, there is none."
+    )
+    field_output: Text = Field("output", description="The field with the answer, which is trained.")
+    system_prompt: Annotated[str | None, Kind("text, or empty text")] = Field(
+        None,
+        description="What an `alpaca` prompt begins with; empty text for nothing.",
+        json_schema_extra={"default_text": "Alpaca's own sentence"},
+    )
+    system_format: Text = Field(
+        "{system}\n\n",
+        description="How an `alpaca` prompt writes it: `{system}` stands for the text.",
+        json_schema_extra={"default_text": "`{system}` and a blank line"},
+    )
+    format: Text = Field(
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        description="The rest of an `alpaca` prompt, with `{instruction}` and `{input}` in their places.",
+        json_schema_extra={"default_text": "Alpaca's own"},
+    )
+    no_input_format: Text = Field(
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+        description="The same where there is no input.",
+        json_schema_extra={"default_text": "Alpaca's own"},
+    )
 
 
 class DataSection(Section):
@@ -204,6 +297,16 @@ class DataSection(Section):
     chat_template: Annotated[PathText, Kind("tokenizer_default or a path")] = Field(
         "tokenizer_default",
         description="`tokenizer_default` (the one in the base model's folder), or a .jinja file.",
+    )
+    chat_template_kwargs: Arguments = Field(
+        {},
+        description="Values that the chat template sees by their names, such as `{enable_thinking: false}` "
+        "or `{truncate_history_thinking: false}`.",
+    )
+    eot_tokens: TextList = Field(
+        (),
+        description="Tokens that end a turn, for `train_on_eos` and `train_on_eot`.",
+        json_schema_extra={"default_text": "the eos token"},
     )
     special_tokens: Mapping = Field(
         {},

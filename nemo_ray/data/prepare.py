@@ -14,6 +14,8 @@ import numpy as np
 from nemo_ray.config.schema import DataSection, DatasetSpec
 from nemo_ray.data.encode import Encoder, Sample
 from nemo_ray.data.files import read_span
+from nemo_ray.data.formats import format_of
+from nemo_ray.data.formats.base import resolve
 from nemo_ray.data.manifest import DataPlan, FileFormat, Span, Window
 from nemo_ray.data.packing import pack
 from nemo_ray.data.shards import ShardStats, write_shard
@@ -39,8 +41,8 @@ class WindowTask:
 
 
 def dataset_specs(data: DataSection) -> tuple[DatasetSpec, ...]:
-    """The entries that a plan's sources stand for, in their order."""
-    return (*data.datasets, *data.test_datasets)
+    """The entries that a plan's sources stand for, in their order, with what holds for all of them."""
+    return tuple(resolve(spec, data) for spec in (*data.datasets, *data.test_datasets))
 
 
 def window_task(
@@ -48,12 +50,13 @@ def window_task(
 ) -> WindowTask:
     """The task of one of the plan's `windows`, or `eval_windows` (`held_out`)."""
     files = plan.sources[window.source].files
+    spec = dataset_specs(data)[window.source]
     eval_packing = data.sample_packing if data.eval_sample_packing is None else data.eval_sample_packing
     return WindowTask(
         path=str(plan.shard_path(window)),
         spans=tuple((files[span.file].path, files[span.file].format, span) for span in window.spans),
-        spec=dataset_specs(data)[window.source],
-        tokenizer=TokenizerSpec.of(data, base_model),
+        spec=spec,
+        tokenizer=TokenizerSpec.of(data, base_model, spec),
         sequence_len=data.sequence_len,
         packing=eval_packing if held_out else data.sample_packing,
         truncate=data.excess_length_strategy == "truncate",
@@ -64,6 +67,7 @@ def window_task(
 def prepare_window(task: WindowTask) -> ShardStats:
     """Write the window's shard and return its statistics. Raises DataError or ConfigError."""
     results = encode_rows(read_rows(task), task.spec, task.tokenizer, task.train_on_inputs)
+    splits = format_of(task.spec).splits
     samples: list[Sample] = []
     rows: list[int] = []
     rejected: list[tuple[int, str, str]] = []
@@ -72,14 +76,12 @@ def prepare_window(task: WindowTask) -> ShardStats:
         if isinstance(result, RowError):
             rejected.append((row, result.reason, result.detail[:200]))
             continue
-        if len(result.ids) > task.sequence_len:
-            result = Sample(result.ids[: task.sequence_len], result.targets[: task.sequence_len])
-            if not (task.truncate and result.targets[1:].any()):
-                dropped += 1
-                continue
-            truncated += 1
-        samples.append(result)
-        rows.append(row)
+        for sample in result:
+            fitted = fit(sample, task.sequence_len, splits, task.truncate)
+            dropped += not fitted
+            truncated += len(fitted) == 1 and len(fitted[0].ids) < len(sample.ids)
+            samples += fitted
+            rows += [row] * len(fitted)
     lengths = [len(sample.ids) for sample in samples]
     packs = pack(lengths, task.sequence_len) if task.packing else [[index] for index in range(len(samples))]
     stats = ShardStats(
@@ -103,19 +105,34 @@ def read_rows(task: WindowTask) -> list[Any]:
     return [row for path, form, span in task.spans for row in read_span(path, form, span, columns)]
 
 
+def fit(sample: Sample, sequence_len: int, splits: bool, truncate: bool) -> list[Sample]:
+    """The documents that a sample becomes: itself, its parts, its beginning, or none.
+
+    Parts (`splits`) begin with the last token of the part before, so that each token has its predecessor.
+    """
+    size = len(sample.ids)
+    if size <= sequence_len:
+        return [sample]
+    starts = range(0, size - 1, max(sequence_len - 1, 1)) if splits else range(1 if truncate else 0)
+    windows = [slice(start, start + sequence_len) for start in starts]
+    parts = [Sample(sample.ids[window], sample.targets[window]) for window in windows]
+    return [part for part in parts if part.targets[1:].any()]
+
+
 def row_columns(spec: DatasetSpec) -> list[str]:
     """Fields of a row that matter."""
-    return [spec.field] if spec.type == "completion" else [spec.field_messages, "tools"]
+    return format_of(spec).columns(spec)
 
 
 def encode_rows(
     rows: list[Any], spec: DatasetSpec, tokenizer: TokenizerSpec, train_on_inputs: bool
-) -> list[Sample | RowError]:
-    """A sample, or the reason why there is none, for each row."""
+) -> list[list[Sample] | RowError]:
+    """For each row its samples, or the reason why there is none."""
     return _encoder(spec.model_dump_json(), tokenizer, train_on_inputs).encode(rows)
 
 
 @lru_cache(maxsize=16)
 def _encoder(spec: str, tokenizer: TokenizerSpec, train_on_inputs: bool) -> Encoder:
     """One a process and source: its cache of header ids outlives the window."""
-    return Encoder(load_tokenizer(tokenizer), DatasetSpec.model_validate_json(spec), train_on_inputs)
+    loaded, entry = load_tokenizer(tokenizer), DatasetSpec.model_validate_json(spec)
+    return Encoder(loaded, format_of(entry).reader(entry, loaded, train_on_inputs))

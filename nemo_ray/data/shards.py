@@ -33,7 +33,11 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ShardStats:
-    """What became of a window's rows. Rows = documents + dropped + rejected."""
+    """What became of a window's rows: each was rejected, or became documents, kept or dropped.
+
+    Most formats make one document of a row, some several (see docs/formats.md); only then is it more than
+    rows = documents + dropped + rejected.
+    """
 
     rows: int
     documents: int
@@ -41,8 +45,9 @@ class ShardStats:
     tokens: int
     targets: int
     dropped: int
-    """Longer than sequence_len, or nothing to train left after the cut."""
+    """Documents longer than sequence_len, or with nothing to train left after the cut."""
     truncated: int
+    """Documents cut to sequence_len."""
     rejected: dict[str, int] = field(default_factory=dict)
     """Reason -> rows."""
     rejected_rows: tuple[tuple[int, str, str], ...] = ()

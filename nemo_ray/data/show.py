@@ -5,6 +5,7 @@ from rich.text import Text
 
 from nemo_ray.config.schema import DataSection
 from nemo_ray.data.encode import Sample
+from nemo_ray.data.formats import format_of
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.prepare import WindowTask, encode_rows, read_rows, window_task
 from nemo_ray.data.template import RowError
@@ -29,18 +30,28 @@ def show_examples(plan: DataPlan, data: DataSection, base_model: str, count: int
                 _show(result, task, console)
 
 
-def _show(result: Sample | RowError, task: WindowTask, console: Console) -> None:
+def _show(result: list[Sample] | RowError, task: WindowTask, console: Console) -> None:
     if isinstance(result, RowError):
         console.print(
             Text(f"rejected: {result.reason}{f' ({result.detail})' if result.detail else ''}", style="red")
         )
         return
-    targets = int((result.targets[1:] != 0).sum())
-    size = len(result.ids)
+    for number, sample in enumerate(result, start=1):
+        if len(result) > 1:
+            console.print(Text(f"document {number} of {len(result)}", style="dim"))
+        _show_sample(sample, task, console)
+
+
+def _show_sample(sample: Sample, task: WindowTask, console: Console) -> None:
+    targets = int((sample.targets[1:] != 0).sum())
+    size = len(sample.ids)
     fate = ""
     if size > task.sequence_len:
-        fate = f", longer than sequence_len {task.sequence_len}: {'cut' if task.truncate else 'dropped'}"
-    console.print(coloured(result, task, console.is_terminal))
+        excess = "cut" if task.truncate else "dropped"
+        if format_of(task.spec).splits:
+            excess = "split"
+        fate = f", longer than sequence_len {task.sequence_len}: {excess}"
+    console.print(coloured(sample, task, console.is_terminal))
     console.print(
         Text(f"{size:,} tokens, {targets:,} trained ({targets / max(size, 1):.0%}){fate}", style="dim")
     )

@@ -19,6 +19,9 @@ import numpy as np
 
 from nemo_ray.config.schema import DataSection, DatasetSpec
 from nemo_ray.data.files import RUN_ROWS, FileIndex, ParquetIndex, read_span, scan
+from nemo_ray.data.formats import format_of
+from nemo_ray.data.formats.base import Field, hint
+from nemo_ray.data.formats.notices import notices_of
 from nemo_ray.data.held_out import choose_fraction, choose_rows
 from nemo_ray.data.manifest import (
     FORMAT_VERSION,
@@ -30,9 +33,9 @@ from nemo_ray.data.manifest import (
     WindowList,
     digest,
 )
-from nemo_ray.data.prepare import encode_rows, row_columns
+from nemo_ray.data.prepare import dataset_specs, encode_rows, fit, row_columns
 from nemo_ray.data.splits import list_files, parse_split
-from nemo_ray.data.template import RowError, chat_template
+from nemo_ray.data.template import RowError
 from nemo_ray.data.tokenizer import LoadedTokenizer, TokenizerSpec, load_tokenizer
 from nemo_ray.data.windows import Block, Ranges, count_rows, eval_blocks, train_blocks, without
 from nemo_ray.errors import ConfigError, DataError
@@ -61,15 +64,15 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
     Raises ConfigError for a missing file, and for a field that no row has; DataError for files without
     usable rows.
     """
-    tokenizer_spec = TokenizerSpec.of(data, base_model)
-    loaded = load_tokenizer(tokenizer_spec)
+    loaded = load_tokenizer(TokenizerSpec.of(data, base_model))
+    specs = dataset_specs(data)
     train = [
-        _open_source(spec, f"datasets[{i}]", data, tokenizer_spec, loaded)
-        for i, spec in enumerate(data.datasets)
+        _open_source(spec, f"datasets[{i}]", data, base_model)
+        for i, spec in enumerate(specs[: len(data.datasets)])
     ]
     test = [
-        _open_source(spec, f"test_datasets[{i}]", data, tokenizer_spec, loaded)
-        for i, spec in enumerate(data.test_datasets)
+        _open_source(spec, f"test_datasets[{i}]", data, base_model)
+        for i, spec in enumerate(specs[len(data.datasets) :])
     ]
     held_out = _held_out(train, data.val_set_size)
     eval_packing = data.sample_packing if data.eval_sample_packing is None else data.eval_sample_packing
@@ -102,7 +105,7 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
         windows=WindowList(windows),
         eval_windows=WindowList(eval_windows),
         sources=tuple(infos),
-        notices=_notices(data, loaded),
+        notices=_notices(data, base_model),
         pad_id=loaded.pad_id,
     )
 
@@ -110,9 +113,9 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
 # -- one source -----------------------------------------------------------------------------------
 
 
-def _open_source(
-    spec: DatasetSpec, key: str, data: DataSection, tokenizer: TokenizerSpec, loaded: LoadedTokenizer
-) -> _Source:
+def _open_source(spec: DatasetSpec, key: str, data: DataSection, base_model: str) -> _Source:
+    tokenizer = TokenizerSpec.of(data, base_model, spec)
+    loaded = load_tokenizer(tokenizer)
     split = parse_split(spec.split, key)
     files: list[FileInfo] = []
     indexes: list[FileIndex] = []
@@ -149,23 +152,24 @@ def _open_source(
 
 def _settings(spec: DatasetSpec, data: DataSection, loaded: LoadedTokenizer) -> str:
     """Digest of all that shapes a shard, beside its rows and whether they are packed."""
-    fields: list[object] = [spec.type, spec.field]
-    if spec.type == "chat_template":
-        mappings = sorted(spec.message_property_mappings.items())
-        fields = [spec.type, spec.field_messages, mappings, data.train_on_inputs]
-    return digest(loaded.identity, fields, data.sequence_len, data.excess_length_strategy)
+    fields = format_of(spec).settings(spec)
+    return digest(
+        loaded.identity, fields, data.train_on_inputs, data.sequence_len, data.excess_length_strategy
+    )
 
 
 def _check_column(index: ParquetIndex, path: str, spec: DatasetSpec, key: str) -> None:
-    option, field = _field(spec)
-    if field not in index.columns:
-        raise ConfigError(
-            f"{key}.{option}: {path} has no column {field!r}; it has {', '.join(index.columns)}"
-        )
+    for field in format_of(spec).required(spec):
+        if field.name not in index.columns:
+            names = ", ".join(index.columns)
+            raise ConfigError(
+                f"{_place(key, field)}: {path} has no column {field.name!r}; it has {names}"
+                f"{hint(field, index.columns, spec)}"
+            )
 
 
-def _field(spec: DatasetSpec) -> tuple[str, str]:
-    return ("field", spec.field) if spec.type == "completion" else ("field_messages", spec.field_messages)
+def _place(key: str, field: Field) -> str:
+    return f"{key}.type" if field.key is None else f"{key}.{field.key}"
 
 
 def _probe(
@@ -188,25 +192,22 @@ def _probe(
     rejected = [result for result in results if isinstance(result, RowError)]
     if len(rejected) == len(results):
         _refuse(spec, key, rejected, rows)
-    lengths = [len(result.ids) for result in results if not isinstance(result, RowError)]
-    limit = data.sequence_len
-    kept = [
-        min(length, limit)
-        for length in lengths
-        if length <= limit or data.excess_length_strategy == "truncate"
-    ]
-    return sum(kept) / len(rows)
+    samples = [sample for result in results if not isinstance(result, RowError) for sample in result]
+    splits, truncate = format_of(spec).splits, data.excess_length_strategy == "truncate"
+    kept = [part for sample in samples for part in fit(sample, data.sequence_len, splits, truncate)]
+    return sum(len(part.ids) for part in kept) / len(rows)
 
 
 def _refuse(spec: DatasetSpec, key: str, rejected: list[RowError], rows: list[object]) -> None:
     """Every probed row was rejected: say why, as an error of the key where a field is not there."""
     first = rejected[0]
-    option, field = _field(spec)
-    if all(one.reason == f"no field {field!r}" for one in rejected):
-        names = ", ".join(rows[0]) if isinstance(rows[0], dict) else "none"
-        raise ConfigError(
-            f"{key}.{option}: no row of {spec.path} has a field {field!r}; the first row has {names}"
-        )
+    for field in format_of(spec).required(spec):
+        if all(one.reason == f"no field {field.name!r}" for one in rejected):
+            names = list(rows[0]) if isinstance(rows[0], dict) else []
+            raise ConfigError(
+                f"{_place(key, field)}: no row of {spec.path} has a field {field.name!r}; the first row has "
+                f"{', '.join(names) or 'none'}{hint(field, names, spec)}"
+            )
     detail = f" ({first.detail})" if first.detail else ""
     raise DataError(
         f"{key}: none of the first {len(rejected)} rows of {spec.path} can be used: {first.reason}{detail}"
@@ -260,18 +261,9 @@ def _info(source: _Source, kept_out: list[Ranges], testing: bool) -> SourceInfo:
     )
 
 
-def _notices(data: DataSection, loaded: LoadedTokenizer) -> tuple[str, ...]:
+def _notices(data: DataSection, base_model: str) -> tuple[str, ...]:
     """Lines that tell the user what is derived rather than given."""
     notices = []
-    types = {spec.type for spec in (*data.datasets, *data.test_datasets)}
-    if "chat_template" in types and loaded.chat_template is not None and not data.train_on_inputs:
-        template = chat_template(loaded.chat_template, loaded.special_tokens, loaded.cut_tokens)
-        if not template.marked:
-            notices.append(
-                "chat_template: it has no {% generation %} marks, so the text that an answer adds to "
-                "the chat, after the generation prompt, is trained; rows in which the template rewrites "
-                "earlier turns are rejected"
-            )
-    if "completion" in types and loaded.eos_id is None:
-        notices.append("datasets: the tokenizer has no eos token, so completion texts end without one")
-    return tuple(notices)
+    for spec in dataset_specs(data):
+        notices += notices_of(spec, load_tokenizer(TokenizerSpec.of(data, base_model, spec)), data)
+    return tuple(dict.fromkeys(notices))

@@ -113,7 +113,7 @@ def _describe_part(part: dict[str, Any]) -> str:
     if part["prepared_windows"] < part["windows"]:
         text += f"; {part['prepared_windows']:,} of {part['windows']:,} windows prepared"
     if part["dropped"]:
-        text += f"; {part['dropped']:,} rows dropped (longer than sequence_len)"
+        text += f"; {part['dropped']:,} documents dropped (longer than sequence_len)"
     if part["truncated"]:
-        text += f"; {part['truncated']:,} rows cut to sequence_len"
+        text += f"; {part['truncated']:,} documents cut to sequence_len"
     return text

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from nemo_ray.config.schema import DataSection
+from nemo_ray.config.schema import DataSection, DatasetSpec
 from nemo_ray.data.manifest import digest
 from nemo_ray.errors import ConfigError
 from nemo_ray.hub import is_reference, local_folder
@@ -30,9 +30,14 @@ class TokenizerSpec:
     special_tokens: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, data: DataSection, base_model: str) -> "TokenizerSpec":
-        """The tokenizer that a run's configuration names; paths become absolute."""
+    def of(cls, data: DataSection, base_model: str, dataset: DatasetSpec | None = None) -> "TokenizerSpec":
+        """The tokenizer that a run's configuration names; paths become absolute.
+
+        `dataset` may have a chat template of its own.
+        """
         template = data.chat_template
+        if dataset is not None and dataset.chat_template is not None:
+            template = dataset.chat_template
         if template != TOKENIZER_DEFAULT:
             template = str(Path(template).expanduser().absolute())
         folder = base_model if is_reference(base_model) else str(Path(base_model).expanduser().absolute())
@@ -62,8 +67,23 @@ class LoadedTokenizer:
         definition["post_processor"] = None
         return Tokenizer.from_str(json.dumps(definition))
 
+    @cached_property
+    def num_ids(self) -> int:
+        """One more than the largest token id."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-@lru_cache(maxsize=4)
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer puts before and after a text of its own accord."""
+        bare = self.tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self.tokenizer.encode("a", add_special_tokens=True).ids
+        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+        if not starts:
+            raise ConfigError("base_model: its tokenizer changes a text's ids where special tokens are added")
+        return whole[: starts[0]], whole[starts[0] + len(bare) :]
+
+
+@lru_cache(maxsize=8)
 def load_tokenizer(spec: TokenizerSpec) -> LoadedTokenizer:
     """Read the folder's tokenizer. Raises ConfigError naming the file that is missing or wrong."""
     folder = local_folder(spec.folder, weights=False)

@@ -120,7 +120,7 @@ def test_a_few_bad_rows_are_counted_and_listed(world: World, reference: RunDir) 
     listed = [json.loads(line) for line in Path(place).read_text().splitlines()]
     assert sorted(entry["row"] for entry in listed) == sorted(BAD_ROWS)
     assert all(entry["file"].endswith("chats.jsonl") and entry["reason"] for entry in listed)
-    assert re.search(r"^data: .*\d+ rows cut to sequence_len", output, re.MULTILINE), output
+    assert re.search(r"^data: .*\d+ documents cut to sequence_len", output, re.MULTILINE), output
 
 
 @pytest.mark.long
@@ -134,7 +134,9 @@ def test_unmarked_templates_and_dropped_rows_are_told(world: World) -> None:
     run = world.finished("unmarked", **changes)
     output = world.output_of("unmarked")
     assert "note: chat_template: it has no {% generation %} marks, so" in output
-    assert re.search(r"^data: .*\d+ rows dropped \(longer than sequence_len\)", output, re.MULTILINE), output
+    assert re.search(r"^data: .*\d+ documents dropped \(longer than sequence_len\)", output, re.MULTILINE), (
+        output
+    )
     assert len(train_rows(run)) == 1 and run.adapter_dir.is_dir()
 
 
