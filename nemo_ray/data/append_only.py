@@ -69,8 +69,7 @@ def _looks_back(node: nodes.Node) -> bool:
 def _of_outer_loop(node: nodes.Node) -> Iterator[nodes.Node]:
     """Children in which `loop` means the same as outside: not the body of an inner loop."""
     if isinstance(node, nodes.For):
-        yield node.iter
-        yield from node.else_
+        yield from (node.iter, *([node.test] if node.test else []), *node.else_)
     else:
         yield from node.iter_child_nodes()
 
