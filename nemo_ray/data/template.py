@@ -24,7 +24,6 @@ from nemo_ray.errors import ConfigError
 OPENING, CLOSING = "\ufdd0", "\ufdd1"
 """Stand in the rendered text for a mark's two ends. Unicode's non-characters: no text holds them."""
 
-_MARKS = re.compile(f"[{OPENING}{CLOSING}]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -87,7 +86,7 @@ class ChatTemplate:
 
     template: jinja2.Template
     variables: Mapping[str, Any]
-    """Special tokens by their names, and the configuration's chat_template_kwargs."""
+    """jinja's globals, special tokens by their names, and the configuration's chat_template_kwargs."""
     marked: bool
     """It has `{% generation %}` marks: they say what an assistant's turn is."""
     appends: bool
@@ -96,28 +95,28 @@ class ChatTemplate:
     def render(self, messages: Sequence[dict[str, Any]], tools: Any = None, *, prompt: bool = False) -> str:
         """The text of a chat, with the mark characters in it. Raises RowError."""
         try:
-            return self.template.render(
-                {**self.variables, "messages": messages, "tools": tools, "documents": None},
-                add_generation_prompt=prompt,
-            )
+            values = {**self.variables, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
+            # What Template.render does, without a copy of the environment's globals for each row.
+            return "".join(self.template.root_render_func(self.template.new_context(values, shared=True)))
         except Exception as error:  # templates run whatever their author wrote
             raise RowError("the chat template fails", f"{type(error).__name__}: {error}") from None
 
 
 def read_marks(marked: str) -> Rendered:
-    """Take the mark characters out and return where they stood."""
-    parts = _MARKS.split(marked)
-    ends = _MARKS.findall(marked)
-    if ends != [OPENING, CLOSING] * (len(ends) // 2):
+    """Take the mark characters out and return where they stood. Raises RowError."""
+    text, *marks = marked.split(OPENING)
+    parts, targets, position, whole = [text], [], len(text), CLOSING not in text
+    for mark in marks:
+        inside, closed, outside = mark.partition(CLOSING)
+        whole = whole and closed == CLOSING and CLOSING not in outside
+        if inside:
+            targets.append((position, position + len(inside)))
+        parts += (inside, outside)
+        position += len(inside) + len(outside)
+    if not whole:
         raise RowError(
             "the chat template's marks are broken", "nested, or U+FDD0 or U+FDD1 stands in the row"
         )
-    targets = []
-    position = 0
-    for index, part in enumerate(parts):
-        if index % 2 and part:
-            targets.append((position, position + len(part)))
-        position += len(part)
     return Rendered("".join(parts), tuple(targets))
 
 
@@ -146,5 +145,5 @@ def chat_template(
 ) -> ChatTemplate:
     """Compile a template; `arguments` are chat_template_kwargs. Raises ConfigError where it is no jinja."""
     compiled, appends = _compile(text)
-    variables = {**special_tokens, **(arguments or {})}
+    variables = {**compiled.globals, **special_tokens, "documents": None, **(arguments or {})}
     return ChatTemplate(compiled, variables, _GENERATION.search(text) is not None, appends)

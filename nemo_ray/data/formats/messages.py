@@ -33,6 +33,7 @@ class MessageReader:
     def __init__(self, spec: DatasetSpec) -> None:
         self._mappings = spec.message_property_mappings
         self._renamed = set(self._mappings.values())
+        self._renames = any(name != source for name, source in self._mappings.items())
         self.roles = {name: role for role, names in spec.roles.items() for name in names} or _ROLES
         self._flag = spec.message_field_training
         self._detail = spec.message_field_training_detail
@@ -54,9 +55,10 @@ class MessageReader:
         content = result.get("content", "")
         if not isinstance(content, str):
             result["content"], parts = _join(content)
-        reasoning = next((result[name] for name in _REASONING if name in result), None)
-        if reasoning is not None:
-            result = {"thinking": reasoning, **result, "reasoning_content": reasoning}
+        for name in _REASONING:
+            if name in result:
+                result = {"thinking": result[name], **result, "reasoning_content": result[name]}
+                break
         if self._detail is not None and message.get(self._detail) is not None:
             parts = _detail_spans(message[self._detail], result.get("content", ""))
         trained = None if self._flag is None else message.get(self._flag)
@@ -67,12 +69,12 @@ class MessageReader:
     def _named(self, message: dict[str, Any]) -> dict[str, Any]:
         """The message's properties by the names that templates use."""
         mappings = self._mappings
-        result = {
-            name: value for name, value in message.items() if name not in self._renamed and value is not None
-        }
-        for name, source in mappings.items():
-            if message.get(source) is not None:
-                result[name] = message[source]
+        result = {name: value for name, value in message.items() if value is not None}
+        if self._renames:
+            result = {name: value for name, value in result.items() if name not in self._renamed}
+            for name, source in mappings.items():
+                if message.get(source) is not None:
+                    result[name] = message[source]
         role = result.get("role")
         if not isinstance(role, str) or not role:
             raise RowError(f"a message has no {mappings.get('role', 'role')!r}")
