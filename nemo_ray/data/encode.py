@@ -59,15 +59,15 @@ def cut(rendered: Rendered, cut_tokens: tuple[str, ...]) -> list[Piece]:
             if last < place < len(text):
                 cuts.append(place)
     pieces = []
-    targets, number = rendered.targets, 0
+    following = 0  # the first target that does not end before the piece
     for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True):
         inside = []
-        while number < len(targets) and targets[number][0] < stop:
-            first, last = targets[number]
-            inside.append((max(first - start, 0), min(last, stop) - start))
-            if last > stop:
-                break
-            number += 1
+        at = following
+        while at < len(rendered.targets) and rendered.targets[at][0] < stop:
+            first, last = rendered.targets[at]
+            inside.append((max(first, start) - start, min(last, stop) - start))
+            at += 1
+        following = at - 1 if inside and rendered.targets[at - 1][1] > stop else at
         pieces.append(Piece(text[start:stop], tuple(inside)))
     return pieces
 

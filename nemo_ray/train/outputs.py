@@ -67,7 +67,10 @@ def _absolute(path: str, cwd: Path) -> str:
 
 
 def _absolute_dataset(spec: DatasetSpec, cwd: Path) -> DatasetSpec:
-    return spec.model_copy(update={"path": _absolute(spec.path, cwd)})  # data_files lie in that folder
+    update = {"path": _absolute(spec.path, cwd)}  # data_files lie in that folder
+    if spec.chat_template is not None:
+        update["chat_template"] = _absolute(spec.chat_template, cwd)
+    return spec.model_copy(update=update)
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,7 @@ def complete_prompts(trainer: Trainer, config: Config, base: str, stage: str) ->
             chat_template=template,
             add_generation_prompt=True,
             return_dict=False,
+            **config.chat_template_kwargs,
         )
         new_ids = list(generate_tokens(model, ids, config.completion_max_new_tokens, eos))
         if trainer.rank == 0:
