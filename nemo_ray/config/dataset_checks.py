@@ -26,6 +26,11 @@ def _specs(config: Config) -> Iterator[tuple[str, DatasetSpec]]:
             yield f"{name}.{index}", spec
 
 
+def _given(spec: DatasetSpec, name: str) -> bool:
+    """The key says something else than it does without being there."""
+    return bool(getattr(spec, name) != DatasetSpec.model_fields[name].default)
+
+
 def _templates(config: Config) -> Iterator[tuple[str, str]]:
     """(key, value) of every chat template that is named."""
     yield "chat_template", config.chat_template
@@ -58,7 +63,7 @@ def _spec_rules(config: Config, key: str, spec: DatasetSpec) -> Iterator[str]:
         yield f"{key}.roles: {show(name)} stands for two roles; keep one"
     if spec.type in CHAT_TYPES and config.train_on_inputs:
         for name in _CHOICES:
-            if name in spec.model_fields_set:
+            if _given(spec, name):
                 yield (
                     f"{key}.{name}: contradicts train_on_inputs: true, which trains every token; remove one"
                 )
@@ -92,7 +97,7 @@ def format_notices(config: Config) -> Iterator[str]:
     """Keys of another type than the dataset's: they do nothing."""
     every = {name for names in TYPE_KEYS.values() for name in names}
     for key, spec in _specs(config):
-        unused = sorted((every - set(TYPE_KEYS[spec.type])) & spec.model_fields_set)
+        unused = sorted(name for name in every - set(TYPE_KEYS[spec.type]) if _given(spec, name))
         if unused:
             yield f"{', '.join(f'{key}.{name}' for name in unused)}: not read by type: {spec.type}"
 
