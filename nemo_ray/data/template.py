@@ -18,11 +18,12 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nemo_ray.data.append_only import appends_only
+from nemo_ray.data.template_source import appends_only, mark_prompt
 from nemo_ray.errors import ConfigError
 
-OPENING, CLOSING = "\ufdd0", "\ufdd1"
-"""Stand in the rendered text for a mark's two ends. Unicode's non-characters: no text holds them."""
+OPENING, CLOSING, PROMPT = "\ufdd0", "\ufdd1", "\ufdd4"
+"""Stand in the rendered text for a mark's two ends, and before a generation prompt. Unicode's non-characters:
+no text holds them."""
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -91,6 +92,8 @@ class ChatTemplate:
     """It has `{% generation %}` marks: they say what an assistant's turn is."""
     appends: bool
     """Shown from its source: the text of a chat's beginning is a beginning of the chat's text."""
+    prompts: bool
+    """It writes PROMPT before its generation prompt, and the text without one before that."""
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Any = None, *, prompt: bool = False) -> str:
         """The text of a chat, with the mark characters in it. Raises RowError."""
@@ -132,10 +135,14 @@ def _environment() -> jinja2.Environment:
 
 
 @lru_cache(maxsize=16)
-def _compile(text: str) -> tuple[jinja2.Template, bool]:
-    """The template, and whether it only appends."""
+def _compile(text: str) -> tuple[jinja2.Template, bool, bool]:
+    """The template, whether it only appends, and whether it marks its prompt."""
+    environment = _environment()
     try:
-        return _environment().from_string(text), appends_only(_environment().parse(text))
+        tree = environment.parse(text)
+        appends, prompts = appends_only(tree), mark_prompt(tree, PROMPT)
+        code = environment.compile(tree)
+        return jinja2.Template.from_code(environment, code, environment.globals), appends, prompts
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"chat_template: line {error.lineno}: {error.message}") from None
 
@@ -144,6 +151,6 @@ def chat_template(
     text: str, special_tokens: Mapping[str, str], arguments: Mapping[str, Any] | None = None
 ) -> ChatTemplate:
     """Compile a template; `arguments` are chat_template_kwargs. Raises ConfigError where it is no jinja."""
-    compiled, appends = _compile(text)
+    compiled, appends, prompts = _compile(text)
     variables = {**compiled.globals, **special_tokens, "documents": None, **(arguments or {})}
-    return ChatTemplate(compiled, variables, _GENERATION.search(text) is not None, appends)
+    return ChatTemplate(compiled, variables, _GENERATION.search(text) is not None, appends, prompts)

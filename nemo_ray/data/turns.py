@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from nemo_ray.data.template import ChatTemplate, Rendered, RowError, read_marks
+from nemo_ray.data.template import PROMPT, ChatTemplate, Rendered, RowError, read_marks
 
 Spans = tuple[tuple[int, int], ...]
 EndRule = Literal["all", "turn", "last", "none"]
@@ -143,7 +143,7 @@ class _Walk:
         self._template = template
         self._chat = chat
         self._ends = ends
-        self._known: dict[tuple[int, bool], Rendered] = {}
+        self._known: dict[int, Rendered] = {}
 
     @cached_property
     def _trained(self) -> tuple[int, ...]:
@@ -170,13 +170,12 @@ class _Walk:
                 runs[-1].text = whole
         return [Rendered(run.text, _joined(run.targets)) for run in runs]
 
-    def _upto(self, count: int, prompt: bool = False) -> Rendered:
+    def _upto(self, count: int) -> Rendered:
         """The first `count` messages, with the template's marks as targets."""
-        key = (count, prompt)
-        if key not in self._known:
-            marked = self._template.render(self._chat.messages[:count], self._chat.tools, prompt=prompt)
-            self._known[key] = read_marks(marked)
-        return self._known[key]
+        if count not in self._known:
+            marked = self._template.render(self._chat.messages[:count], self._chat.tools)
+            self._known[count] = read_marks(marked)
+        return self._known[count]
 
     def _turn(self, index: int) -> Spans:
         """Where message `index` is trained, in the text up to it."""
@@ -198,8 +197,7 @@ class _Walk:
         the message must be a beginning of the text, else the answer would be trained in a context that the
         template never writes.
         """
-        before = self._upto(index).text
-        prompt = self._upto(index, prompt=True).text
+        before, prompt = self._asked(index)
         after = self._upto(index + 1).text
         if not (after.startswith(before) and prompt.startswith(before)):
             raise RowError(REWRITES, f"at message {index}")
@@ -209,6 +207,18 @@ class _Walk:
         trimmed = after.rstrip()
         stop = len(trimmed) if trimmed.endswith(self._ends) else len(after)
         return ((start, stop),) if stop > start else ()
+
+    def _asked(self, index: int) -> tuple[str, str]:
+        """The text before message `index`, without and with the generation prompt."""
+        messages, tools = self._chat.messages[:index], self._chat.tools
+        text = self._template.render(messages, tools, prompt=True)
+        if not self._template.prompts:
+            return self._upto(index).text, read_marks(text).text
+        before, *prompts = text.split(PROMPT)
+        if len(prompts) != 1:
+            raise RowError("the chat template's marks are broken", "U+FDD4 stands in the row")
+        before = read_marks(before).text
+        return before, before + read_marks(prompts[0]).text
 
     def _by_content(self, index: int) -> Spans:
         """The content's trained characters, found by marks around them, and the token that ends the turn."""

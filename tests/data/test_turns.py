@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_ray.data.encode import Encoder
-from nemo_ray.data.template import chat_template
+from nemo_ray.data.template import PROMPT, RowError, chat_template
 from tests.data.helpers import MARKED as CHATML
 from tests.data.helpers import PLAIN, write_tokenizer
 from tests.data.nemotron import MARKED, UNMARKED, encoder, rejected, samples_of, trained_text, whole_text
@@ -337,6 +337,53 @@ def test_a_part_whose_text_the_template_changes_is_refused(tmp_path: Path) -> No
 )
 def test_a_template_is_known_to_append_only_where_it_shows(template: str, appends: bool) -> None:
     assert chat_template(template, {}).appends == appends
+
+
+@pytest.mark.parametrize("character", ["\ufdd0", "\ufdd1", "\ufdd4"])
+@pytest.mark.parametrize("name", ["plain", "chatml", "unmarked", "marked"])
+def test_a_row_with_a_mark_in_it_is_refused_or_read_right(
+    folders: dict[str, Path], name: str, character: str
+) -> None:
+    messages = [user(f"a{character}b"), assistant("c")]
+    (result,) = encoder(folders[name]).encode([{"messages": messages}])
+    if isinstance(result, RowError):
+        assert result.reason == "the chat template's marks are broken"
+    else:
+        (sample,) = result
+        assert character == "\ufdd4" and character in whole_text(encoder(folders[name]), sample)
+
+
+@pytest.mark.parametrize(
+    ("end", "prompts"),
+    [
+        ("{% if add_generation_prompt %}go{% endif %}", True),
+        ("{% if add_generation_prompt %}{{ messages | length }}{% endif %}", True),
+        ("{%- if add_generation_prompt -%}go{%- endif -%}\n", True),
+        ("", False),
+        ("{% if add_generation_prompt %}go{% endif %}.", False),
+        ("{% if add_generation_prompt %}go{% else %}end{% endif %}", False),
+        ("{% if add_generation_prompt and tools %}go{% endif %}", False),
+        ("{% if not add_generation_prompt %}end{% endif %}", False),
+        ("{{ add_generation_prompt }}{% if add_generation_prompt %}go{% endif %}", False),
+        ("{% set add_generation_prompt = true %}{% if add_generation_prompt %}go{% endif %}", False),
+    ],
+)
+def test_where_a_prompt_begins_is_known_only_where_it_shows(end: str, prompts: bool) -> None:
+    template = chat_template("{% for m in messages %}{{ m.content }}{% endfor %}" + end, {})
+    assert template.prompts == prompts
+    text = template.render([user("a")], prompt=True)
+    assert text.count(PROMPT) == prompts
+    if prompts:
+        assert text.split(PROMPT)[0] == template.render([user("a")])
+
+
+def test_what_stands_before_a_turn_needs_no_mark_of_the_prompt(tmp_path: Path) -> None:
+    """The same turns are found where the template's source does not show where its prompt begins."""
+    folder = write_tokenizer(tmp_path, UNMARKED + "{% if add_generation_prompt is defined %}{% endif %}")
+    for messages in (AGENT, CHAT):
+        made = encoder(folder)
+        texts = [trained_text(made, sample) for sample in samples_of(made, {"messages": messages})]
+        assert "".join(texts) == "".join(expected(folder, messages)[1])
 
 
 @settings(deadline=None, max_examples=50)

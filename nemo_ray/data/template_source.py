@@ -1,7 +1,9 @@
-"""Can a chat template rewrite what it wrote for earlier messages? Answered from its source, where it can be.
+"""What a chat template's source shows of its text, whatever the messages.
 
-Owns one proof: a template that only walks once over the messages, from the first to the last, and never looks
-at those that follow, appends. For any other the renderings of a row are compared, see turns.py.
+Owns two proofs. A template that only walks once over the messages, from the first to the last, and never
+looks at those that follow, appends: it cannot rewrite what it wrote for earlier ones. And one that asks for
+`add_generation_prompt` once, at its end, writes the prompt behind the text without it. Where a source does
+not show this, the renderings of a row are compared, see turns.py.
 """
 
 from collections.abc import Iterator
@@ -74,11 +76,30 @@ def _of_outer_loop(node: nodes.Node) -> Iterator[nodes.Node]:
         yield from node.iter_child_nodes()
 
 
+def mark_prompt(template: nodes.Template, mark: str) -> bool:
+    """Let the template write `mark` before its generation prompt: what stands before is the text without one.
+
+    Changes the template. False, and nothing is changed, where it is not shown.
+    """
+    asked = [name for name in template.find_all(nodes.Name) if name.name == _PROMPT]
+    ends = [node for node in template.body if not _is_empty(node)]
+    last = ends[-1] if ends else None
+    if not (isinstance(last, nodes.If) and _only_prompts(last) and len(asked) == 1):
+        return False
+    last.body.insert(0, nodes.Output([nodes.TemplateData(mark)]))
+    return True
+
+
+def _is_empty(node: nodes.Node) -> bool:
+    """Writes nothing."""
+    return isinstance(node, nodes.Output) and all(
+        isinstance(part, nodes.TemplateData) and not part.data for part in node.nodes
+    )
+
+
 def _only_prompts(node: nodes.Node) -> bool:
     """Writes nothing after the messages but a generation prompt."""
-    if isinstance(node, nodes.Output):
-        return all(isinstance(part, nodes.TemplateData) and not part.data for part in node.nodes)
-    return (
+    return _is_empty(node) or (
         isinstance(node, nodes.If)
         and isinstance(node.test, nodes.Name)
         and node.test.name == _PROMPT
