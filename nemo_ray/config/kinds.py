@@ -1,5 +1,6 @@
 """The kinds of value that keys take, each with its words, for the reference and for error messages."""
 
+import json
 import os
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -40,6 +41,12 @@ def _rows_or_fraction(value: float) -> float:
     return int(value) if value >= 1 else value
 
 
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """As another process reads them: a date of YAML becomes its text."""
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return result
+
+
 Bool = Annotated[bool, Strict(), Kind("true or false")]
 Text = Annotated[str, Field(min_length=1), Kind("text")]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser), Kind("a path")]
@@ -63,7 +70,7 @@ RankPattern = Annotated[dict[Text, PositiveInt], Kind("a map from text to a whol
 AlphaPattern = Annotated[dict[Text, Positive], Kind("a map from text to a number above 0")]
 Mapping = Annotated[dict[Text, Text], Kind("a map from text to text")]
 RolesMap = Annotated[dict[Text, TextList], Kind("a map from a role to a list of its names")]
-Arguments = Annotated[dict[Text, Any], Kind("a map from text to values")]
+Arguments = Annotated[dict[Text, Any], AfterValidator(_as_json), Kind("a map from text to values")]
 
 
 def describe(hint: Any) -> str:

@@ -32,6 +32,8 @@ class RowError(Exception):
     """A row that cannot become a sample: rows are counted by `reason`, a short phrase."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        # A detail may quote the row, whose text may be none that can be printed.
+        detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail

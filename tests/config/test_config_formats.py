@@ -40,6 +40,11 @@ def test_axolotls_keys_of_a_chat_run_as_they_are(world: Keys, tmp_path: Path) ->
     assert loaded.config.chat_template_kwargs == {"x": False} and loaded.config.eot_tokens == ("<|im_end|>",)
 
 
+def test_template_arguments_are_the_same_in_every_process(world: Keys) -> None:
+    config = load(world, "chat_template_kwargs={day: 2026-11-24, n: [1, {a: b}], x: 1.5}").config
+    assert config.chat_template_kwargs == {"day": "2026-11-24", "n": [1, {"a": "b"}], "x": 1.5}
+
+
 @pytest.mark.parametrize("empty", [None, ""])
 def test_an_empty_type_means_token_ids(world: Keys, empty: str | None) -> None:
     assert load(entry(world, type=empty)).config.datasets[0].type == "tokenized"

@@ -183,6 +183,14 @@ def test_a_template_that_raises_is_a_reason_with_its_message(tmp_path: Path) -> 
     assert rejected.reason == "the chat template fails" and "roles must alternate" in rejected.detail
 
 
+def test_details_can_always_be_printed(tmp_path: Path) -> None:
+    template = tmp_path / "strict.jinja"
+    template.write_text("{{ raise_exception('not ' + messages[0].content) }}")
+    row = {"messages": [{"role": "assistant", "content": "\ud83d"}]}
+    rejected = encoder(write_tokenizer(tmp_path / "base"), str(template)).encode([row])[0]
+    assert isinstance(rejected, RowError) and rejected.detail.endswith(r"not \ud83d")
+
+
 def test_sharegpt_names_and_roles(base: Path) -> None:
     row = chats(1)[0]
     names = {"user": "human", "assistant": "gpt"}
