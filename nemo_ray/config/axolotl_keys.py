@@ -222,22 +222,25 @@ FOREIGN: tuple[Foreign, ...] = (
         "only supervised training on the next token is in this version; remove the key",
     ),
     refuse(
-        "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience "
         "loss_watchdog_threshold loss_watchdog_patience",
-        "choosing or stopping by a metric is not supported yet; remove the key, and pick a checkpoint from "
-        "metrics.jsonl",
+        "stopping by the training loss is not supported; remove the key (early_stopping_patience stops by "
+        "the held-out loss)",
     ),
     refuse("tune", "sweeps are not supported yet; remove the section"),
     # Reports and files.
     notice(
-        "wandb_project wandb_entity wandb_watch wandb_name wandb_log_model wandb_mode wandb_run_id "
-        "use_wandb use_mlflow mlflow_experiment_name mlflow_run_name mlflow_tracking_uri "
-        "hf_mlflow_log_artifacts use_tensorboard use_comet comet_api_key comet_experiment_config "
+        "wandb_watch wandb_log_model hf_mlflow_log_artifacts",
+        "trackers get figures and the configuration, no gradients, weights or files",
+        (False, "false"),
+    ),
+    notice("use_tensorboard", "event files are always written, to output_dir/tensorboard", (True,)),
+    notice(
+        "use_comet comet_api_key comet_experiment_config "
         "comet_experiment_key comet_mode comet_online comet_project_name comet_workspace use_swanlab "
         "swanlab_project swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace "
         "swanlab_api_key swanlab_log_model use_trackio trackio_project_name trackio_run_name "
         "trackio_space_id use_otel_metrics otel_metrics_host otel_metrics_port",
-        "trackers are not in this version; metrics.jsonl in output_dir has the figures",
+        "the trackers are TensorBoard, W&B and MLflow; metrics.jsonl in output_dir has the figures",
     ),
     notice("include_tokens_per_second include_tkps", "tokens per second are in metrics.jsonl", (False, True)),
     notice(

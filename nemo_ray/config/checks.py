@@ -10,6 +10,12 @@ import re
 from collections.abc import Iterator
 
 from nemo_ray.config.dataset_checks import format_notices, format_rules, template_path_errors
+from nemo_ray.config.evaluation_checks import (
+    evaluation_notices,
+    evaluation_rules,
+    tracker_notices,
+    tracker_rules,
+)
 from nemo_ray.config.schema import AdapterSection, Config, DatasetSpec
 from nemo_ray.config.translate import show
 
@@ -29,6 +35,8 @@ def rule_errors(config: Config, adapter_named: bool) -> list[str]:
     return [
         *_adapter_rules(config, adapter_named),
         *_schedule_rules(config),
+        *evaluation_rules(config),
+        *tracker_rules(config),
         *_data_rules(config),
         *_cluster_rules(config),
     ]
@@ -154,7 +162,7 @@ def rule_notices(config: Config) -> list[str]:
     notices += format_notices(config)
     if _given(config, "revision_of_model") and not is_hub_id(config.base_model):
         notices.append("revision_of_model: not used, since base_model is a folder, not a hub id")
-    return notices
+    return [*notices, *evaluation_notices(config), *tracker_notices(config)]
 
 
 def support_errors(config: Config) -> list[str]:

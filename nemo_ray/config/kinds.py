@@ -47,9 +47,15 @@ def _as_json(values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _metric(value: str) -> str:
+    """As in transformers, `loss` is short for `eval_loss`."""
+    return value if value.startswith("eval_") else f"eval_{value}"
+
+
 Bool = Annotated[bool, Strict(), Kind("true or false")]
 Text = Annotated[str, Field(min_length=1), Kind("text")]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser), Kind("a path")]
+Metric = Annotated[Text, AfterValidator(_metric), Kind("eval_loss or eval_loss/NAME")]
 TextList = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Kind("a list of text")]
 ModuleList = Annotated[TextList, AfterValidator(_module_names), Kind("a list of text")]
 PathList = Annotated[tuple[PathText, ...], BeforeValidator(_as_list), Kind("a list of paths")]

@@ -17,6 +17,7 @@ from nemo_ray.config.kinds import (
     HeldOut,
     Kind,
     Mapping,
+    Metric,
     ModuleList,
     NonNegative,
     NonNegativeInt,
@@ -379,7 +380,30 @@ class TrainSection(Section):
         None, description="Steps from one checkpoint to the next, instead of `saves_per_epoch`."
     )
     save_total_limit: PositiveInt | None = Field(
-        None, description="Checkpoints that are kept; without it, all."
+        None,
+        description="Checkpoints that are kept; without it, all. With `load_best_model_at_end` the best one "
+        "is always among them, beside the newest.",
+    )
+    load_best_model_at_end: Bool = Field(
+        False,
+        description="Write as the result the weights of the evaluation with the lowest "
+        "`metric_for_best_model`, instead of the last ones. A checkpoint is also written at every evaluation "
+        "that is the best so far.",
+    )
+    metric_for_best_model: Metric = Field(
+        "eval_loss",
+        description="What the best evaluation is chosen by, and early stopping goes by: the loss over all "
+        "held-out rows, or that of one dataset, by the name that it has in metrics.jsonl. The evaluation at "
+        "step 0 does not count.",
+    )
+    greater_is_better: Bool = Field(False, description="Must be `false`, since every metric here is a loss.")
+    early_stopping_patience: PositiveInt | None = Field(
+        None,
+        description="The run ends after so many evaluations in a row that were not better than the best one "
+        "before.",
+    )
+    early_stopping_threshold: NonNegative = Field(
+        0.0, description="By how much an evaluation must be better to count for `early_stopping_patience`."
     )
     seed: Seed = Field(42, description="Seed of the order of packs, of new weights and of dropout.")
     resume_from_checkpoint: Annotated[PathText | None, Kind("auto or a path")] = Field(
@@ -397,6 +421,58 @@ class TrainSection(Section):
         (), description="Prompts completed before and after training, into completions.jsonl."
     )
     completion_max_new_tokens: PositiveInt = Field(48, description="Tokens of such a completion, at most.")
+
+
+class TrackingSection(Section):
+    """Which trackers get the figures, beside TensorBoard."""
+
+    use_wandb: Bool | None = Field(
+        None,
+        description="Send the figures to Weights & Biases (`pip install nemo-ray[wandb]`); see "
+        "[tracking.md](tracking.md).",
+        json_schema_extra={"default_text": "where `wandb_project` is given"},
+    )
+    wandb_project: Text | None = Field(None, description="Project in W&B.")
+    wandb_entity: Text | None = Field(None, description="User or team that the project belongs to.")
+    wandb_name: Text | None = Field(
+        None, description="Name of the run.", json_schema_extra={"default_text": "that of `output_dir`"}
+    )
+    wandb_run_id: Text | None = Field(
+        None,
+        description="Id of the run. A continued run has the id that it began with.",
+        json_schema_extra={"default_text": "a new one"},
+    )
+    wandb_mode: Literal["online", "offline", "disabled"] | None = Field(
+        None,
+        description="`offline` writes to `output_dir/wandb`, for `wandb sync`; `disabled` sends nothing.",
+        json_schema_extra={"default_text": "WANDB_MODE, else online"},
+    )
+    use_mlflow: Bool | None = Field(
+        None,
+        description="Send the figures to MLflow (`pip install nemo-ray[mlflow]`); see "
+        "[tracking.md](tracking.md).",
+        json_schema_extra={"default_text": "where `mlflow_experiment_name` is given"},
+    )
+    mlflow_tracking_uri: Text | None = Field(
+        None, description="The server.", json_schema_extra={"default_text": "MLFLOW_TRACKING_URI"}
+    )
+    mlflow_experiment_name: Text | None = Field(
+        None,
+        description="Experiment that the run belongs to.",
+        json_schema_extra={"default_text": "`Default`"},
+    )
+    mlflow_run_name: Text | None = Field(
+        None, description="Name of the run.", json_schema_extra={"default_text": "that of `output_dir`"}
+    )
+
+    @property
+    def sends_to_wandb(self) -> bool:
+        wanted = self.wandb_project is not None if self.use_wandb is None else self.use_wandb
+        return wanted and self.wandb_mode != "disabled"
+
+    @property
+    def sends_to_mlflow(self) -> bool:
+        return self.mlflow_experiment_name is not None if self.use_mlflow is None else self.use_mlflow
 
 
 class RaySection(Section):
@@ -430,7 +506,7 @@ class RaySection(Section):
     )
 
 
-class Config(TrainSection, DataSection, AdapterSection, ModelSection):
+class Config(TrackingSection, TrainSection, DataSection, AdapterSection, ModelSection):
     """A whole run, flat like the YAML; parts of the code are handed only their section."""
 
     ray: Annotated[RaySection, Kind("a section of keys")] = Field(
@@ -458,6 +534,10 @@ class Config(TrainSection, DataSection, AdapterSection, ModelSection):
     @property
     def train(self) -> TrainSection:
         return self.section(TrainSection)
+
+    @property
+    def tracking(self) -> TrackingSection:
+        return self.section(TrackingSection)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `Config.model_validate` reads it back to an equal configuration."""

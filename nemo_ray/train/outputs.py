@@ -11,12 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nemo_ray.config.schema import Config, DatasetSpec
+from nemo_ray.config.schema import Config, DatasetSpec, TrainSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.session import JOB_CONFIG_VARIABLE
 from nemo_ray.storage import publish_bytes, read_json
+from nemo_ray.train.best import best_of
 
 DEFAULT_STORAGE_PATH = "~/nemo_ray"
 _PACKAGES = ("nemo_ray", "ray", "torch", "transformers", "peft", "pyarrow")
@@ -53,6 +54,9 @@ def resolve_paths(config: Config, job: bool, cwd: Path) -> Config:
         value = getattr(config, name)
         if value is not None and value != "auto":
             update[name] = str(base / value if not (cwd / value).exists() else cwd / value)
+    uri = config.mlflow_tracking_uri
+    if uri is not None and ":" not in uri:  # a folder
+        update["mlflow_tracking_uri"] = str(base / uri)
     if not job:
         update["base_model"] = _absolute(config.base_model, cwd)
         update["chat_template"] = _absolute(config.chat_template, cwd)
@@ -178,6 +182,18 @@ def check_plan(run: RunDir, plan: DataPlan) -> None:
             f"resume_from_checkpoint: the data of {run.path} changed since the run began (fingerprint "
             f"{began.fingerprint}, now {plan.fingerprint}); restore its files and data keys, "
             "or start anew in another output_dir"
+        )
+
+
+def check_best(run: RunDir, train: TrainSection, checkpoint: Path) -> None:
+    """Raises ConfigError where the run cannot end with its best weights, since they were not kept."""
+    if not train.load_best_model_at_end or checkpoint.resolve().parent != run.checkpoints_dir.resolve():
+        return
+    best = best_of(run.read_metrics(), train, int(checkpoint.name.removeprefix("step-")))
+    if best.step is not None and best.step not in run.checkpoint_steps():
+        raise ConfigError(
+            f"load_best_model_at_end: true, but the best evaluation up to {checkpoint.name}, at step "
+            f"{best.step}, has no checkpoint in {run.path}; remove the key to go on without it"
         )
 
 

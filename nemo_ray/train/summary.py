@@ -15,7 +15,7 @@ from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.statistics import data_statistics, describe
 from nemo_ray.run_dir import RunDir
 from nemo_ray.targets import block_types
-from nemo_ray.train.progress import duration
+from nemo_ray.train.progress import by_dataset, duration
 from nemo_ray.train.resources import Demand, mesh
 
 _KINDS = {"linear_attention": "Mamba-2", "full_attention": "attention", "moe": "MoE", "mlp": "MLP"}
@@ -128,9 +128,12 @@ def result_rows(run: RunDir, elapsed_s: float) -> list[Row]:
         change = f"{after / before - 1:+.1%}"
         after_step = f"{after:.4f} after step {losses[-1]['step']}"
         rows.append(("held-out loss", f"{before:.4f} before, {after_step} ({change})"))
+        if per_dataset := by_dataset(losses[-1]):
+            rows.append(("", f"after{per_dataset}"))
     steps = [row for row in metrics if "loss" in row]
     if steps:
         rows.append(("steps", f"{steps[-1]['step']}, last loss {steps[-1]['loss']:.4f}"))
+    rows += _chosen(run.read_run())
     newest = run.newest_checkpoint()
     places: list[tuple[str, Path | None]] = [
         ("adapter", run.adapter_dir),
@@ -142,6 +145,22 @@ def result_rows(run: RunDir, elapsed_s: float) -> list[Row]:
     ]
     rows += [(name, str(path)) for name, path in places if path is not None and path.exists()]
     return [*rows, ("time", duration(elapsed_s))]
+
+
+def _chosen(facts: Mapping[str, Any]) -> list[Row]:
+    """Which step's weights the result is, where that is not simply the last one, and why the run ended."""
+    best, stopped = facts.get("best"), facts.get("stopped_early")
+    rows = []
+    if stopped is not None:
+        count = plural(stopped["evaluations_without_improvement"], "evaluation")
+        rows.append(("stopped early", f"at step {stopped['step']}: {count} in a row brought nothing better"))
+    if best is not None:
+        exported = facts["exported_step"]
+        kept = (
+            "its weights are the result" if exported == best["step"] else f"the result is of step {exported}"
+        )
+        rows.append(("best", f"{best['metric']} {best['value']:.4f} at step {best['step']}; {kept}"))
+    return rows
 
 
 def print_completions(console: Console, run: RunDir) -> None:
