@@ -14,10 +14,13 @@ _QUERY_OF_URL = re.compile(r"(\w://[^\s?]*)\?\S*")
 
 
 def figures(row: Row) -> dict[str, float]:
-    """A row of metrics.jsonl as flat figures: train/NAME; eval_NAME, and eval_NAME/DATASET."""
+    """A row of metrics.jsonl as flat figures: train/loss; eval/loss, and eval_loss/DATASET.
+
+    No name is the beginning of another, at a slash: MLflow's store of files could not hold them.
+    """
     if "eval_loss" not in row:
         return {f"train/{name}": value for name, value in row.items() if name not in _NOT_FIGURES}
-    found = {name: value for name, value in row.items() if name not in ("step", "eval_datasets")}
+    found = {name.replace("_", "/", 1): row[name] for name in ("eval_loss", "eval_tokens", "eval_s")}
     for dataset, own in row["eval_datasets"].items():
         found |= {f"eval_{name}/{dataset}": value for name, value in own.items() if value is not None}
     return found
