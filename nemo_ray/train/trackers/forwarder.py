@@ -26,6 +26,9 @@ class Tracker(Protocol):
     def log(self, rows: Sequence[Row]) -> None:
         """Take rows of metrics.jsonl, in order."""
 
+    def flush(self) -> None:
+        """Have what was taken outlive this process, as far as that can be had at once."""
+
     def close(self, outcome: str) -> None:
         """End the run as `finished`, `stopped` or `failed`."""
 
@@ -85,9 +88,11 @@ class Forwarder:
             rows = [item for item in items if not isinstance(item, threading.Event)]
             if rows and not self._tried(lambda rows=rows: self._tracker.log(rows)):
                 return
-            for item in items:
-                if isinstance(item, threading.Event):
-                    item.set()
+            flushes = [item for item in items if isinstance(item, threading.Event)]
+            if flushes and not self._tried(self._tracker.flush):
+                return
+            for taken in flushes:
+                taken.set()
         self._tried(lambda: self._tracker.close(self._outcome))
 
     def _tried(self, work: Callable[[], None]) -> bool:

@@ -32,6 +32,7 @@ class TensorBoard:
             str(self._folder),
             purge_step=self._step + 1 if continued else None,
             max_queue=1000,
+            flush_secs=10,  # an fsync
             filename_suffix=f".{self._step:09d}",  # files of one second are read in this order
         )
         if not continued:
@@ -43,6 +44,8 @@ class TensorBoard:
         for row in rows:
             for name, value in figures(row).items():
                 self._writer.add_scalar(name, value, row["step"])
+
+    def flush(self) -> None:
         self._writer.flush()
 
     def close(self, outcome: str) -> None:

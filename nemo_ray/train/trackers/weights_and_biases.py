@@ -53,5 +53,8 @@ class WeightsAndBiases:
         for row in rows:
             self._run.log(figures(row), step=row["step"])
 
+    def flush(self) -> None:
+        """Nothing: what it lacks is sent when the run is continued."""
+
     def close(self, outcome: str) -> None:
         self._run.finish(exit_code=0 if outcome == "finished" else 1)
