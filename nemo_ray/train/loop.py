@@ -78,14 +78,12 @@ class Trainer:
         # The first evaluation is no measure of the steps' pace.
         self.started_s = self._step_ended_s = time.monotonic()
         while not (self.train.max_steps and self.state.step >= self.train.max_steps):
+            if self.best.patience_is_over and self._progress(self.state.epoch, self.state.step) < 1.0:
+                misses = self.best.misses
+                self.stopped_early = {"step": self.state.step, "evaluations_without_improvement": misses}
+                break
             packs = reader.next_step()
             if packs is None:
-                break
-            if self.best.patience_is_over:
-                self.stopped_early = {
-                    "step": self.state.step,
-                    "evaluations_without_improvement": self.best.misses,
-                }
                 break
             if not self.step(packs):
                 finished = False

@@ -133,7 +133,7 @@ def result_rows(run: RunDir, elapsed_s: float) -> list[Row]:
     steps = [row for row in metrics if "loss" in row]
     if steps:
         rows.append(("steps", f"{steps[-1]['step']}, last loss {steps[-1]['loss']:.4f}"))
-    rows += _chosen(run.read_run())
+    rows += _chosen(run.read_run(), losses[-1]["step"] if losses else 0)
     newest = run.newest_checkpoint()
     places: list[tuple[str, Path | None]] = [
         ("adapter", run.adapter_dir),
@@ -147,14 +147,14 @@ def result_rows(run: RunDir, elapsed_s: float) -> list[Row]:
     return [*rows, ("time", duration(elapsed_s))]
 
 
-def _chosen(facts: Mapping[str, Any]) -> list[Row]:
-    """Which step's weights the result is, where that is not simply the last one, and why the run ended."""
+def _chosen(facts: Mapping[str, Any], last_step: int) -> list[Row]:
+    """Why the run ended before its time, and which was the best evaluation, where it was not the last."""
     best, stopped = facts.get("best"), facts.get("stopped_early")
     rows = []
     if stopped is not None:
         count = plural(stopped["evaluations_without_improvement"], "evaluation")
         rows.append(("stopped early", f"at step {stopped['step']}: {count} in a row brought nothing better"))
-    if best is not None:
+    if best is not None and best["step"] != last_step:
         exported = facts["exported_step"]
         kept = (
             "its weights are the result" if exported == best["step"] else f"the result is of step {exported}"

@@ -147,6 +147,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 OVERFITS: dict[str, Any] = {
     "learning_rate": 0.03,
+    "lr_scheduler": "constant",
     "max_steps": 16,
     "lora_target_linear": True,
     "load_best_model_at_end": True,
@@ -218,6 +219,19 @@ def test_resuming_a_run_that_stopped_changes_nothing(runs: Runs, stopped: RunDir
     assert run.read_metrics() == before[0]
     after = load_file(run.adapter_dir / "adapter_model.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before[1].items())
+
+
+def test_patience_that_is_over_at_the_last_step_stops_nothing(runs: Runs, stopped: RunDir) -> None:
+    """Neither by steps nor, with two steps in an epoch, by epochs."""
+    last = stopped.read_run()["stopped_early"]["step"]
+    for name, length in (
+        ("steps", {"max_steps": last}),
+        ("epochs", {"max_steps": None, "num_epochs": last / 2}),
+    ):
+        run = runs.run(f"ends-anyway-by-{name}", **{**OVERFITS, **length})
+        assert losses_by_step(run) == losses_by_step(stopped)
+        facts = run.read_run()
+        assert facts["stopped_early"] is None and facts["best"] == stopped.read_run()["best"]
 
 
 def test_two_workers_stop_together(runs: Runs, stopped: RunDir) -> None:
