@@ -32,7 +32,7 @@ def facts(config: Config, plan: DataPlan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "rows": plan.num_rows,
         "held_out_rows": sum(window.num_rows for window in plan.eval_windows),
-        "estimated_tokens": round(sum(plan.estimated_tokens(window) for window in plan.windows)),
+        "estimated_tokens": round(plan.estimated_tokens(plan.windows)),
         "sources": [
             {
                 "name": source.name,
