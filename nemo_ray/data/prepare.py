@@ -56,7 +56,7 @@ def window_task(
         path=str(plan.shard_path(window)),
         spans=tuple((files[span.file].path, files[span.file].format, span) for span in window.spans),
         spec=spec,
-        tokenizer=TokenizerSpec.of(data, base_model, spec),
+        tokenizer=TokenizerSpec.of(data, base_model).for_dataset(spec),
         sequence_len=data.sequence_len,
         packing=eval_packing if held_out else data.sample_packing,
         truncate=data.excess_length_strategy == "truncate",

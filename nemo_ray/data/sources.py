@@ -20,7 +20,8 @@ import numpy as np
 from nemo_ray.config.schema import DataSection, DatasetSpec
 from nemo_ray.data.files import RUN_ROWS, FileIndex, ParquetIndex, read_span, scan
 from nemo_ray.data.formats import format_of
-from nemo_ray.data.formats.base import Field, hint
+from nemo_ray.data.formats.base import resolve
+from nemo_ray.data.formats.fields import check_columns, check_fields
 from nemo_ray.data.formats.notices import notices_of
 from nemo_ray.data.held_out import choose_fraction, choose_rows
 from nemo_ray.data.manifest import (
@@ -64,15 +65,15 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
     Raises ConfigError for a missing file, and for a field that no row has; DataError for files without
     usable rows.
     """
-    loaded = load_tokenizer(TokenizerSpec.of(data, base_model))
-    specs = dataset_specs(data)
+    tokenizer_spec = TokenizerSpec.of(data, base_model)
+    loaded = load_tokenizer(tokenizer_spec)
     train = [
-        _open_source(spec, f"datasets[{i}]", data, base_model)
-        for i, spec in enumerate(specs[: len(data.datasets)])
+        _open_source(spec, f"datasets[{i}]", data, tokenizer_spec, loaded)
+        for i, spec in enumerate(data.datasets)
     ]
     test = [
-        _open_source(spec, f"test_datasets[{i}]", data, base_model)
-        for i, spec in enumerate(specs[len(data.datasets) :])
+        _open_source(spec, f"test_datasets[{i}]", data, tokenizer_spec, loaded)
+        for i, spec in enumerate(data.test_datasets)
     ]
     held_out = _held_out(train, data.val_set_size)
     eval_packing = data.sample_packing if data.eval_sample_packing is None else data.eval_sample_packing
@@ -105,7 +106,7 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
         windows=WindowList(windows),
         eval_windows=WindowList(eval_windows),
         sources=tuple(infos),
-        notices=_notices(data, base_model),
+        notices=_notices(data, loaded),
         pad_id=loaded.pad_id,
     )
 
@@ -113,8 +114,10 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
 # -- one source -----------------------------------------------------------------------------------
 
 
-def _open_source(spec: DatasetSpec, key: str, data: DataSection, base_model: str) -> _Source:
-    tokenizer = TokenizerSpec.of(data, base_model, spec)
+def _open_source(
+    spec: DatasetSpec, key: str, data: DataSection, tokenizer: TokenizerSpec, loaded: LoadedTokenizer
+) -> _Source:
+    spec, tokenizer = resolve(spec, data), tokenizer.for_dataset(spec)
     loaded = load_tokenizer(tokenizer)
     split = parse_split(spec.split, key)
     files: list[FileInfo] = []
@@ -123,7 +126,7 @@ def _open_source(spec: DatasetSpec, key: str, data: DataSection, base_model: str
     for path, name, form in list_files(spec, split, key):
         index = scan(str(path), name, form)
         if isinstance(index, ParquetIndex):
-            _check_column(index, str(path), spec, key)
+            check_columns(spec, key, str(path), index.columns)
         files.append(FileInfo(str(path), name, index.identity, form, index.num_rows, rows))
         indexes.append(index)
         rows += index.num_rows
@@ -158,20 +161,6 @@ def _settings(spec: DatasetSpec, data: DataSection, loaded: LoadedTokenizer) -> 
     )
 
 
-def _check_column(index: ParquetIndex, path: str, spec: DatasetSpec, key: str) -> None:
-    for field in format_of(spec).required(spec):
-        if field.name not in index.columns:
-            names = ", ".join(index.columns)
-            raise ConfigError(
-                f"{_place(key, field)}: {path} has no column {field.name!r}; it has {names}"
-                f"{hint(field, index.columns, spec)}"
-            )
-
-
-def _place(key: str, field: Field) -> str:
-    return f"{key}.type" if field.key is None else f"{key}.{field.key}"
-
-
 def _probe(
     spec: DatasetSpec,
     key: str,
@@ -201,13 +190,7 @@ def _probe(
 def _refuse(spec: DatasetSpec, key: str, rejected: list[RowError], rows: list[object]) -> None:
     """Every probed row was rejected: say why, as an error of the key where a field is not there."""
     first = rejected[0]
-    for field in format_of(spec).required(spec):
-        if all(one.reason == f"no field {field.name!r}" for one in rejected):
-            names = list(rows[0]) if isinstance(rows[0], dict) else []
-            raise ConfigError(
-                f"{_place(key, field)}: no row of {spec.path} has a field {field.name!r}; the first row has "
-                f"{', '.join(names) or 'none'}{hint(field, names, spec)}"
-            )
+    check_fields(spec, key, rejected, rows[0])
     detail = f" ({first.detail})" if first.detail else ""
     raise DataError(
         f"{key}: none of the first {len(rejected)} rows of {spec.path} can be used: {first.reason}{detail}"
@@ -261,9 +244,9 @@ def _info(source: _Source, kept_out: list[Ranges], testing: bool) -> SourceInfo:
     )
 
 
-def _notices(data: DataSection, base_model: str) -> tuple[str, ...]:
+def _notices(data: DataSection, loaded: LoadedTokenizer) -> tuple[str, ...]:
     """Lines that tell the user what is derived rather than given."""
     notices = []
     for spec in dataset_specs(data):
-        notices += notices_of(spec, load_tokenizer(TokenizerSpec.of(data, base_model, spec)), data)
+        notices += notices_of(spec, load_tokenizer(loaded.spec.for_dataset(spec)), data)
     return tuple(dict.fromkeys(notices))

@@ -5,7 +5,7 @@ tokens at which text may be cut without changing a single id. What is encoded is
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,24 +30,27 @@ class TokenizerSpec:
     special_tokens: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, data: DataSection, base_model: str, dataset: DatasetSpec | None = None) -> "TokenizerSpec":
-        """The tokenizer that a run's configuration names; paths become absolute.
-
-        `dataset` may have a chat template of its own.
-        """
-        template = data.chat_template
-        if dataset is not None and dataset.chat_template is not None:
-            template = dataset.chat_template
-        if template != TOKENIZER_DEFAULT:
-            template = str(Path(template).expanduser().absolute())
+    def of(cls, data: DataSection, base_model: str) -> "TokenizerSpec":
+        """The tokenizer that a run's configuration names; paths become absolute."""
         folder = base_model if is_reference(base_model) else str(Path(base_model).expanduser().absolute())
-        return cls(folder, template, tuple(sorted(data.special_tokens.items())))
+        return cls(folder, _absolute(data.chat_template), tuple(sorted(data.special_tokens.items())))
+
+    def for_dataset(self, spec: DatasetSpec) -> "TokenizerSpec":
+        """The same with the dataset's chat template, where it has one of its own."""
+        if spec.chat_template is None:
+            return self
+        return replace(self, chat_template=_absolute(spec.chat_template))
+
+
+def _absolute(template: str) -> str:
+    return template if template == TOKENIZER_DEFAULT else str(Path(template).expanduser().absolute())
 
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
     """A tokenizer ready to encode, with what templates and packs need of it."""
 
+    spec: TokenizerSpec
     tokenizer: Tokenizer
     special_tokens: dict[str, str]
     """Name -> text, as chat templates see them (bos_token, eos_token, ...)."""
@@ -119,6 +122,7 @@ def load_tokenizer(spec: TokenizerSpec) -> LoadedTokenizer:
         )
     definition = json.loads(text)
     return LoadedTokenizer(
+        spec=spec,
         tokenizer=tokenizer,
         special_tokens=special,
         chat_template=template,

@@ -258,7 +258,7 @@ def test_every_key_that_shapes_samples_is_in_the_shards_key(base: Path, tmp_path
 @pytest.mark.parametrize(
     ("row", "dataset", "error", "message"),
     [
-        ({"mesages": [1]}, {}, ConfigError, r"field_messages: no row .*; did you mean mesages\?"),
+        ({"mesages": [1]}, {}, ConfigError, r"field_messages: no row .*; did you mean 'mesages'\?"),
         (
             {"conversations": [1]},
             {},
@@ -274,7 +274,7 @@ def test_every_key_that_shapes_samples_is_in_the_shards_key(base: Path, tmp_path
             {"instruction": "a", "outptu": "b"},
             {"type": "alpaca"},
             ConfigError,
-            r"field_output: .*mean outptu\?",
+            r"field_output: .*mean 'outptu'\?",
         ),
         ({"input_ids": [1]}, {"type": "tokenized"}, ConfigError, r"datasets\[0\].type: no row .*'labels'"),
         (

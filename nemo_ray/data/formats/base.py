@@ -1,7 +1,6 @@
 """What a data format is: the record that sources and prepare know it by, and how a row's fields are read."""
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,16 +10,6 @@ from nemo_ray.data.template import RowError
 from nemo_ray.data.tokenizer import LoadedTokenizer
 
 _SHAPES = ("type", "eot_tokens")
-
-_TELLING = {
-    "field_messages: messages": ("messages",),
-    "field_messages: conversations, with message_property_mappings": ("conversations",),
-    "type: tokenized": ("input_ids", "labels"),
-    "type: prompt_completion": ("prompt", "completion"),
-    "type: alpaca": ("instruction", "output"),
-    "type: input_output": ("segments",),
-}
-"""Fields by which the rows of another format are known."""
 
 
 class Field(NamedTuple):
@@ -58,16 +47,6 @@ def resolve(spec: DatasetSpec, data: DataSection) -> DatasetSpec:
             "eot_tokens": spec.eot_tokens or data.eot_tokens,
         }
     )
-
-
-def hint(field: Field, names: Sequence[str], spec: DatasetSpec) -> str:
-    """What was probably meant, where a field is not among the `names` that there are; or nothing."""
-    close = difflib.get_close_matches(field.name, names, n=1, cutoff=0.6)
-    if close and field.key is not None:
-        return f"; did you mean {close[0]}?"
-    kinds = {**_TELLING, "type: completion": (spec.field,)}
-    fitting = [kind for kind, telling in kinds.items() if all(name in names for name in telling)]
-    return f"; is it {fitting[0]}?" if fitting else ""
 
 
 def read_field(row: Any, name: str) -> Any:
