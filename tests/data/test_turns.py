@@ -199,6 +199,30 @@ def test_roles_and_end_tokens(
     assert ("be brief" in whole_text(made, sample)) != ("drop_system_message" in keys)
 
 
+@settings(deadline=None, max_examples=60)
+@given(conversations)
+def test_every_role_may_be_trained_where_history_is_rewritten(
+    folders: dict[str, Path], messages: Messages
+) -> None:
+    """Each turn is trained once, in the text that the template writes for the chat up to it."""
+    messages = [{**message, "content": message["content"].strip()} for message in messages]
+    folder = folders["unmarked"]
+    made = encoder(folder, roles_to_train=["user", "assistant", "tool"])
+    samples = samples_of(made, {"messages": messages})
+    renderings = [text_of(folder, messages[: count + 1]) for count in range(len(messages))]
+    assert all(whole_text(made, sample) in renderings for sample in samples)
+    answers = iter(expected(folder, messages)[1])
+    wanted = [
+        next(answers) if message["role"] == "assistant" else message["content"] + END for message in messages
+    ]
+    # A tool's answer is followed by a tag, so its end token is no part of it.
+    wanted = [
+        text.removesuffix(END) if message["role"] == "tool" else text
+        for message, text in zip(messages, wanted, strict=True)
+    ]
+    assert "".join(trained_text(made, sample) for sample in samples) == "".join(wanted)
+
+
 def test_a_templates_marks_may_leave_out_the_end_token(tmp_path: Path) -> None:
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}:{% if m.role == 'assistant' %}"
