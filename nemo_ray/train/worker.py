@@ -220,22 +220,27 @@ def complete_prompts(trainer: Trainer, config: Config, base: str, stage: str, st
 
     trainer.write_progress("completing", now=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    own = config.chat_template != TOKENIZER_DEFAULT
-    template = Path(config.chat_template).read_text(encoding="utf-8") if own else None  # None: the base's
     model, eos = trainer.trainee.model.eval(), frozenset({tokenizer.eos_token_id})
     for prompt in config.completion_prompts:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            chat_template=template,
-            add_generation_prompt=True,
-            return_dict=False,
-            **config.chat_template_kwargs,
-        )
+        ids = prompt_ids(tokenizer, prompt, config)
         new_ids = list(generate_tokens(model, ids, config.completion_max_new_tokens, eos))
         if trainer.rank == 0:
             row = {"prompt": prompt, "completion": tokenizer.decode(new_ids), "stage": stage}
             trainer.run_dir.append_completion({**row, "step": step})
     model.train()
+
+
+def prompt_ids(tokenizer: Any, prompt: str, config: Config) -> list[int]:
+    """A user's prompt by the chat template and arguments that are trained with, as token ids."""
+    own = config.chat_template != TOKENIZER_DEFAULT
+    ids: list[int] = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        chat_template=Path(config.chat_template).read_text(encoding="utf-8") if own else None,
+        add_generation_prompt=True,
+        return_dict=False,
+        **config.chat_template_kwargs,
+    )
+    return ids
 
 
 def export(
