@@ -4,7 +4,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from nemo_ray.train.trackers import setup
 from nemo_ray.train.trackers.forwarder import Forwarder
 from nemo_ray.train.trackers.rows import Row, figures, flat, without_secrets
 from nemo_ray.train.trackers.setup import check_trackers, variables_to_pass_on
+from nemo_ray.train.worker import run_worker
 from tests.e2e.compare import eval_rows, train_rows
-from tests.train.runs import KilledError, Runs
+from tests.train.runs import CPU, KilledError, Runs, group_of_one
 from tests.train.tracker_readers import (
     Points,
     mlflow_points,
@@ -207,6 +208,22 @@ def test_tensorboard_after_a_death_before_the_first_checkpoint(runs: Runs) -> No
         runs.run("early", die_at_evaluation=2)
     run = runs.run("early", resume_from_checkpoint="auto")
     assert_shown(tensorboard_points(run.tensorboard_dir), run)
+
+
+def test_event_files_hold_all_rows_before_a_checkpoint_is_there(runs: Runs) -> None:
+    """A process that dies right after a checkpoint leaves no hole."""
+    spec = runs.spec("flushed", save_steps=2, eval_steps=3)
+    run, seen = RunDir(spec.output_dir), []
+
+    def report(told: Mapping[str, Any]) -> None:
+        if run.checkpoint_steps() and run.checkpoint_steps()[-1] not in seen:
+            seen.append(run.checkpoint_steps()[-1])
+            points = tensorboard_points(run.tensorboard_dir)
+            assert {step for name, step in points if name == "train/loss"} == set(range(1, seen[-1] + 1))
+
+    with group_of_one():
+        run_worker(spec, CPU, report)
+    assert seen == [2, 4, 6]
 
 
 def test_wandb_offline(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
