@@ -198,6 +198,12 @@ class DataSection(Section):
         "drop",
         description="A row longer than `sequence_len` is left out, or cut at the end. Both are counted.",
     )
+    max_rejected_share: Ratio = Field(
+        0.05,
+        description="The run stops when more than this part of all rows cannot be used (rejected rows are "
+        "listed in rejected.jsonl), and, below 0.5, as soon as more than half of the first windows' rows "
+        "cannot, 2,000 or more in two or more windows. Rows that are too long are not rejected ones.",
+    )
     train_on_inputs: Bool = Field(
         False, description="Make every token of a conversation a target, not only the answers."
     )

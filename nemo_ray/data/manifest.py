@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every window's key: raised whenever the same inputs would give another shard."""
 
 FileFormat = Literal["jsonl", "json", "parquet"]

@@ -4,16 +4,18 @@ A pure function of the window's rows and the settings below: where and when it r
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nemo_ray.config.schema import DataSection, DatasetSpec
 from nemo_ray.data.encode import Encoder, Sample
 from nemo_ray.data.files import read_span
+from nemo_ray.data.histograms import shard_histograms
 from nemo_ray.data.manifest import DataPlan, FileFormat, Span, Window
 from nemo_ray.data.packing import pack
 from nemo_ray.data.shards import ShardStats, write_shard
@@ -64,14 +66,32 @@ def window_task(
 def prepare_window(task: WindowTask) -> ShardStats:
     """Write the window's shard and return its statistics. Raises DataError or ConfigError."""
     results = encode_rows(read_rows(task), task.spec, task.tokenizer, task.train_on_inputs)
+    packed = pack_rows(results, task)
+    write_shard(Path(task.path), packed.samples, packed.rows, packed.packs, packed.stats)
+    return packed.stats
+
+
+class PackedRows(NamedTuple):
+    """What a shard is made of, see `write_shard`."""
+
+    samples: list[Sample]
+    rows: list[int]
+    packs: list[list[int]]
+    stats: ShardStats
+
+
+def pack_rows(results: Sequence[Sample | RowError], task: WindowTask) -> PackedRows:
+    """Samples of consecutive rows, dropped, cut and packed as the task says, and what became of them."""
     samples: list[Sample] = []
     rows: list[int] = []
     rejected: list[tuple[int, str, str]] = []
+    whole: list[int] = []
     dropped = truncated = 0
     for row, result in enumerate(results):
         if isinstance(result, RowError):
             rejected.append((row, result.reason, result.detail[:200]))
             continue
+        whole.append(len(result.ids))
         if len(result.ids) > task.sequence_len:
             result = Sample(result.ids[: task.sequence_len], result.targets[: task.sequence_len])
             if not (task.truncate and result.targets[1:].any()):
@@ -82,19 +102,21 @@ def prepare_window(task: WindowTask) -> ShardStats:
         rows.append(row)
     lengths = [len(sample.ids) for sample in samples]
     packs = pack(lengths, task.sequence_len) if task.packing else [[index] for index in range(len(samples))]
+    targets = [int(np.count_nonzero(sample.targets[1:])) for sample in samples]
+    documents = list(zip(lengths, targets, strict=True))
     stats = ShardStats(
         rows=len(results),
         documents=len(samples),
         packs=len(packs),
         tokens=sum(lengths),
-        targets=sum(int(np.count_nonzero(sample.targets[1:])) for sample in samples),
+        targets=sum(targets),
         dropped=dropped,
         truncated=truncated,
         rejected=dict(sorted(Counter(reason for _, reason, _ in rejected).items())),
         rejected_rows=tuple(rejected[:LISTED_REJECTIONS]),
+        histograms=shard_histograms(whole, documents, packs, task.sequence_len),
     )
-    write_shard(Path(task.path), samples, rows, packs, stats)
-    return stats
+    return PackedRows(samples, rows, packs, stats)
 
 
 def read_rows(task: WindowTask) -> list[Any]:

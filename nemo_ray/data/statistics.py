@@ -34,6 +34,10 @@ class Totals:
         """Rows that could not be used; blank lines are no rows, and are listed only."""
         return sum(count for reason, count in self.rejected.items() if reason != BLANK_LINE)
 
+    def reasons(self) -> list[tuple[str, int]]:
+        """(reason, rows) of rejected rows, the most frequent first."""
+        return [(reason, count) for reason, count in self.rejected.most_common() if reason != BLANK_LINE]
+
     def to_json(self, sequence_len: int) -> dict[str, Any]:
         """A JSON-ready dict; `efficiency` is the share of positions that hold a token, None without packs."""
         return {
