@@ -1,12 +1,17 @@
 """What became of the rows: sums over the shards that exist, and their text for the user."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from nemo_ray.data import histograms
 from nemo_ray.data.files import BLANK_LINE
+from nemo_ray.data.histograms import Histograms
 from nemo_ray.data.manifest import DataPlan, Window
 from nemo_ray.data.shards import ShardStats, read_stats
+from nemo_ray.data.visible import visible
+
+_EXAMPLES_OF_A_REASON = 3
 
 
 class Totals:
@@ -16,22 +21,24 @@ class Totals:
         self.windows = self.rows = self.documents = self.packs = self.tokens = 0
         self.targets = self.dropped = self.truncated = 0
         self.rejected: Counter[str] = Counter()
+        self.histograms: Histograms = {}
 
-    def add(self, stats: ShardStats) -> None:
-        """Count one shard."""
-        self.windows += 1
-        self.rows += stats.rows
-        self.documents += stats.documents
-        self.packs += stats.packs
-        self.tokens += stats.tokens
-        self.targets += stats.targets
-        self.dropped += stats.dropped
-        self.truncated += stats.truncated
-        self.rejected.update(stats.rejected)
+    def add(self, more: "ShardStats | Totals") -> None:
+        """Count one shard, or all that another sum has counted."""
+        self.windows += more.windows if isinstance(more, Totals) else 1
+        self.rows += more.rows
+        self.documents += more.documents
+        self.packs += more.packs
+        self.tokens += more.tokens
+        self.targets += more.targets
+        self.dropped += more.dropped
+        self.truncated += more.truncated
+        self.rejected.update(more.rejected)
+        histograms.add(self.histograms, more.histograms)
 
     @property
     def num_rejected(self) -> int:
-        """Rows that could not be used; blank lines are no rows, and are listed only."""
+        """Rows that could not be used; blank lines are no rows."""
         return sum(count for reason, count in self.rejected.items() if reason != BLANK_LINE)
 
     def reasons(self) -> list[tuple[str, int]]:
@@ -49,24 +56,33 @@ class Totals:
             "targets": self.targets,
             "dropped": self.dropped,
             "truncated": self.truncated,
-            "rejected": dict(self.rejected.most_common()),
+            "rejected": dict(self.reasons()),
+            "blank_lines": self.rejected[BLANK_LINE],
             "efficiency": self.tokens / (self.packs * sequence_len) if self.packs else None,
+            "histograms": self.histograms,
         }
+
+
+def sum_of(parts: Iterable[ShardStats | Totals]) -> Totals:
+    """The sum of shards' statistics."""
+    totals = Totals()
+    for part in parts:
+        totals.add(part)
+    return totals
 
 
 def sum_shards(plan: DataPlan, windows: Iterable[Window]) -> Totals:
     """The sum over those windows whose shards exist."""
-    totals = Totals()
-    for window in windows:
-        path = plan.shard_path(window)
-        if path.exists():
-            totals.add(read_stats(path))
-    return totals
+    paths = (plan.shard_path(window) for window in windows)
+    return sum_of(read_stats(path) for path in paths if path.exists())
 
 
 def data_statistics(plan: DataPlan) -> dict[str, Any]:
     """JSON-ready: the sources, what is estimated before anything is prepared, and sums over what exists."""
+    train, examples = _by_source(plan, plan.windows)
+    held_out, more = _by_source(plan, plan.eval_windows)
     return {
+        "sequence_len": plan.sequence_len,
         "sources": [
             {
                 "name": source.name,
@@ -75,21 +91,60 @@ def data_statistics(plan: DataPlan) -> dict[str, Any]:
                 "rows": source.num_rows,
                 "held_out_rows": source.held_out_rows,
                 "tokens_per_row": round(source.tokens_per_row, 1),
+                "evaluation_only": source.evaluation_only,
+                "train": train[number].to_json(plan.sequence_len),
+                "held_out": held_out[number].to_json(plan.sequence_len),
             }
-            for source in plan.sources
+            for number, source in enumerate(plan.sources)
         ],
-        "train": _part(plan, plan.windows),
-        "held_out": _part(plan, plan.eval_windows),
+        "train": _part(plan, plan.windows, train),
+        "held_out": _part(plan, plan.eval_windows, held_out),
+        "rejected_examples": _first_of_each_reason([*examples, *more]),
     }
 
 
-def _part(plan: DataPlan, windows: tuple[Window, ...]) -> dict[str, Any]:
+def _by_source(plan: DataPlan, windows: Sequence[Window]) -> tuple[list[Totals], list[dict[str, Any]]]:
+    """The sums of each source, and some rejected rows of each shard."""
+    totals = [Totals() for _ in plan.sources]
+    examples: list[dict[str, Any]] = []
+    for window in windows:
+        path = plan.shard_path(window)
+        if path.exists():
+            stats = read_stats(path)
+            totals[window.source].add(stats)
+            examples = _first_of_each_reason([*examples, *_rejected_rows(plan, window, stats)])
+    return totals, examples
+
+
+def _rejected_rows(plan: DataPlan, window: Window, stats: ShardStats) -> list[dict[str, Any]]:
+    rows = []
+    for index, reason, detail in stats.rejected_rows:
+        if reason != BLANK_LINE:
+            file, row = plan.locate(window, index)
+            rows.append({"file": file, "row": row, "reason": reason, "detail": detail})
+    return rows
+
+
+def _first_of_each_reason(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    seen: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        seen[row["reason"]] += 1
+        if seen[row["reason"]] <= _EXAMPLES_OF_A_REASON:
+            kept.append(row)
+    return kept
+
+
+def _part(plan: DataPlan, windows: tuple[Window, ...], sources: Sequence[Totals]) -> dict[str, Any]:
     return {
         "windows": len(windows),
         "planned_rows": sum(window.num_rows for window in windows),
         "estimated_tokens": round(sum(plan.estimated_tokens(window) for window in windows)),
-        **sum_shards(plan, windows).to_json(plan.sequence_len),
+        **sum_of(sources).to_json(plan.sequence_len),
     }
+
+
+# -- in words -------------------------------------------------------------------------------------
 
 
 def describe(statistics: dict[str, Any]) -> list[str]:
@@ -104,7 +159,9 @@ def describe(statistics: dict[str, Any]) -> list[str]:
         if part["windows"]:
             lines.append(f"{name}: {_describe_part(part)}")
             lines += [f"  rejected: {count:,} rows, {reason}" for reason, count in part["rejected"].items()]
-    return lines
+            if part["blank_lines"]:
+                lines.append(f"  skipped: {part['blank_lines']:,} blank lines")
+    return [visible(line) for line in lines]
 
 
 def _describe_part(part: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ def test_show_prints_trained_tokens_and_their_share_without_ray(
     out = capsys.readouterr().out
     assert "the fox<|im_end|>" in out and "«quick<|im_end|>»" in out
     assert "tokens, 2 trained (" in out and "rejected: no assistant turn" in out
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data.html"]
 
 
 def test_mistakes_are_one_line_and_an_exit_code(

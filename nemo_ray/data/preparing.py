@@ -1,0 +1,139 @@
+"""The command's side of preparing: Ray where a shard is missing, the progress line, and Ctrl-C.
+
+The main thread starts Ray, paints and takes signals; the pipeline runs in a thread of its own.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+
+from nemo_ray import hub, session
+from nemo_ray.config.schema import Config
+from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.order import window_order
+from nemo_ray.data.progress import PrepareDisplay
+from nemo_ray.data.review import Prepared, Review, missing_windows
+from nemo_ray.run_dir import RunDir
+
+INTERRUPTED = 130
+_REPAINT_S = 0.2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """The first Ctrl-C (or SIGTERM) raises KeyboardInterrupt in the main thread, the next ends at once."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def __enter__(self) -> "Interrupts":
+        self.install()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take the signals; again where another (ray.init takes SIGTERM) took them since."""
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        if self._count > 1:
+            os.write(2, b"stopped at once\n")
+            os._exit(INTERRUPTED)  # Ray's processes end with this one
+        raise KeyboardInterrupt
+
+
+def prepare_missing(
+    plan: DataPlan, config: Config, console: Console, interrupts: Interrupts
+) -> Prepared | None:
+    """Make the shards that are missing, and judge all; None where none was missing, and Ray was not needed.
+
+    Raises DataError, ClusterError, or KeyboardInterrupt at a signal, when Ray has ended.
+    """
+    listing = RunDir(config.output_dir).rejected_file
+    if not missing_windows(plan):
+        review = Review(plan, config.max_rejected_share, listing=listing)
+        review.add_existing(())
+        review.finish()
+        return None
+    with PrepareDisplay(console) as display:
+        display.draw()
+        with _ray(config):
+            interrupts.install()
+            display.begin()
+            pipeline = _Pipeline(plan, config, display)
+            try:
+                while not pipeline.wait(_REPAINT_S):
+                    display.draw()
+            except KeyboardInterrupt:
+                pipeline.stop.set()
+                raise
+            if pipeline.error is not None:
+                raise pipeline.error
+        return display.now
+
+
+class _Pipeline:
+    """The pipeline in its thread, and its error."""
+
+    def __init__(self, plan: DataPlan, config: Config, display: PrepareDisplay) -> None:
+        self.stop = threading.Event()
+        self.error: BaseException | None = None
+        self._arguments = (plan, config, display)
+        self._thread = threading.Thread(target=self._run, name="data", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended, after at most so long."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        from nemo_ray.data.pipeline import prepare  # imports Ray, which reads its environment then
+
+        plan, config, display = self._arguments
+        try:
+            prepare(
+                plan,
+                config.data,
+                hub.reference(config),
+                order=window_order(plan, config.seed),
+                stop=self.stop,
+                progress=display.tell,
+                listing=RunDir(config.output_dir).rejected_file,
+            )
+        except BaseException as error:
+            self.error = error
+
+
+@contextmanager
+def _ray(config: Config) -> Iterator[None]:
+    """A Ray of our own, or the cluster that the configuration names."""
+    environment = session.Environment()
+    try:
+        address = session.address_to_join(config.ray, os.environ)
+        if address is None:
+            session.start_local(os.cpu_count() or 1, environment)
+        else:
+            session.connect(address, environment, hub.variables_to_pass_on(config, os.environ))
+        yield
+    finally:
+        session.shutdown()
+        environment.restore()
+
+
+def stopped_line(plan: DataPlan) -> str:
+    """What a stop leaves."""
+    keys = {window.key for window in (*plan.windows, *plan.eval_windows)}
+    ready = len(keys) - len(missing_windows(plan))
+    return f"stopped; {ready:,} of {len(keys):,} windows are prepared, the same command goes on"
