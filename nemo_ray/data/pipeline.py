@@ -22,7 +22,7 @@ import ray.data
 from nemo_ray.config.schema import DataSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.prepare import WindowTask, prepare_window, window_task
-from nemo_ray.data.review import Progress, Review, missing_windows, not_writable
+from nemo_ray.data.review import Progress, Review, missing_windows, not_writable, require_writable
 from nemo_ray.data.shards import ShardStats
 from nemo_ray.errors import DataError, NemoRayError
 from nemo_ray.failures import one_line
@@ -51,6 +51,8 @@ def prepare(
     plan.failure_path.unlink(missing_ok=True)
     try:
         missing = missing_windows(plan, order)
+        if missing:
+            require_writable(plan)
         review = Review(plan, data.max_rejected_share, listing=listing, progress=progress)
         review.add_existing(missing)
         held_out = {window.key for window in plan.eval_windows}

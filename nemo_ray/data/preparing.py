@@ -3,8 +3,10 @@
 The main thread starts Ray, paints and takes signals; the pipeline runs in a thread of its own.
 """
 
+import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.order import window_order
 from nemo_ray.data.progress import PrepareDisplay
-from nemo_ray.data.review import Prepared, Review, missing_windows
+from nemo_ray.data.review import Prepared, Review, missing_windows, require_writable
 from nemo_ray.run_dir import RunDir
 
 INTERRUPTED = 130
@@ -30,18 +32,30 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._count = 0
+        self._deferred = False
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def __enter__(self) -> "Interrupts":
-        self.install()
+        self._install()
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def install(self) -> None:
-        """Take the signals; again where another (ray.init takes SIGTERM) took them since."""
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """The first signal waits for the end of this."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+            self._install()  # ray.init takes SIGTERM
+        if self._count:
+            raise KeyboardInterrupt
+
+    def _install(self) -> None:
         for number in _SIGNALS:
             signal.signal(number, self._handle)
 
@@ -49,8 +63,11 @@ class Interrupts:
         self._count += 1
         if self._count > 1:
             os.write(2, b"stopped at once\n")
+            if sys.stdout.isatty():
+                os.write(1, b"\x1b[?25h")  # a live line hides the cursor
             os._exit(INTERRUPTED)  # Ray's processes end with this one
-        raise KeyboardInterrupt
+        if not self._deferred:
+            raise KeyboardInterrupt
 
 
 def prepare_missing(
@@ -66,17 +83,17 @@ def prepare_missing(
         review.add_existing(())
         review.finish()
         return None
+    require_writable(plan)
     with PrepareDisplay(console) as display:
         display.draw()
-        with _ray(config):
-            interrupts.install()
-            display.begin()
+        with _ray(config, interrupts):
             pipeline = _Pipeline(plan, config, display)
             try:
                 while not pipeline.wait(_REPAINT_S):
                     display.draw()
             except KeyboardInterrupt:
                 pipeline.stop.set()
+                logging.disable()  # Ray 2.60 logs tracebacks when it ends under a dataset, as it does now
                 raise
             if pipeline.error is not None:
                 raise pipeline.error
@@ -117,15 +134,16 @@ class _Pipeline:
 
 
 @contextmanager
-def _ray(config: Config) -> Iterator[None]:
+def _ray(config: Config, interrupts: Interrupts) -> Iterator[None]:
     """A Ray of our own, or the cluster that the configuration names."""
     environment = session.Environment()
     try:
-        address = session.address_to_join(config.ray, os.environ)
-        if address is None:
-            session.start_local(os.cpu_count() or 1, environment)
-        else:
-            session.connect(address, environment, hub.variables_to_pass_on(config, os.environ))
+        with interrupts.deferred():  # half a Ray could not be ended
+            address = session.address_to_join(config.ray, os.environ)
+            if address is None:
+                session.start_local(os.cpu_count() or 1, environment)
+            else:
+                session.connect(address, environment, hub.variables_to_pass_on(config, os.environ))
         yield
     finally:
         session.shutdown()

@@ -17,7 +17,7 @@ from nemo_ray.data.shards import ShardStats, read_stats
 from nemo_ray.data.statistics import Totals
 from nemo_ray.data.visible import visible
 from nemo_ray.errors import DataError
-from nemo_ray.storage import publish_bytes
+from nemo_ray.storage import is_url, publish_bytes
 
 EARLY_ROWS = 2_000
 EARLY_WINDOWS = 2
@@ -53,9 +53,21 @@ def missing_windows(plan: DataPlan, order: Iterable[int] | None = None) -> list[
 def not_writable(path: str | Path, error: OSError) -> DataError:
     """The error of a prepared directory that takes no files."""
     return DataError(
-        f"dataset_prepared_path: {path} cannot be written: {error.strerror or error}; free some space there, "
-        "or name another folder"
+        f"dataset_prepared_path: {path} cannot be written: {error.strerror or error}; make room there, or "
+        "name another folder"
     )
+
+
+def require_writable(plan: DataPlan) -> None:
+    """Raises DataError where the prepared directory takes no files; told before Ray starts, not by a task."""
+    if is_url(plan.directory):
+        return
+    probe = Path(plan.directory) / f".writable-{plan.fingerprint}"
+    try:
+        publish_bytes(probe, b"")
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise not_writable(plan.directory, error) from None
 
 
 class Review:
@@ -133,10 +145,13 @@ class Review:
         # Shards that were there before may lie where nothing can be written, and were listed then.
         places = [self._plan.rejected_path] if self._new_windows else []
         for path in [*places, *([self._listing] if self._listing is not None else [])]:
-            if entries:
-                publish_bytes(path, text.encode("utf-8", "backslashreplace"))
-            else:
-                path.unlink(missing_ok=True)
+            try:
+                if entries:
+                    publish_bytes(path, text.encode("utf-8", "backslashreplace"))
+                else:
+                    path.unlink(missing_ok=True)
+            except OSError as error:
+                raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
 
     # -- what is wrong ----------------------------------------------------------------------------
 
