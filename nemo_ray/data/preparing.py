@@ -24,6 +24,7 @@ from nemo_ray.run_dir import RunDir
 
 INTERRUPTED = 130
 _REPAINT_S = 0.2
+_END_WITHIN_S = 3.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -62,12 +63,21 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         if self._count > 1:
-            os.write(2, b"stopped at once\n")
-            if sys.stdout.isatty():
-                os.write(1, b"\x1b[?25h")  # a live line hides the cursor
-            os._exit(INTERRUPTED)  # Ray's processes end with this one
+            _end_at_once()
         if not self._deferred:
             raise KeyboardInterrupt
+
+
+def _end_at_once() -> None:
+    """Leave the process now. Ray's own reaper ends what may still run of it then."""
+    os.write(2, b"stopped at once\n")
+    if "ray" in sys.modules:
+        ender = threading.Thread(target=session.shutdown, daemon=True)
+        ender.start()
+        ender.join(_END_WITHIN_S)
+    if sys.stdout.isatty():
+        os.write(1, b"\x1b[?25h")  # a live line hides the cursor
+    os._exit(INTERRUPTED)
 
 
 def prepare_missing(

@@ -1,4 +1,4 @@
-"""`python -m nemo_ray.data` as users break it: one clear line each. Whole processes have a Ray of their own."""
+"""`python -m nemo_ray.data` as users break it: one clear line each. Processes have a Ray of their own."""
 
 import errno
 import pickle
@@ -219,8 +219,8 @@ def test_a_second_ctrl_c_ends_at_once(many_rows: Path, commands: list[Command]) 
     command.wait_until(lambda: list((many_rows.with_name("out") / "prepared").glob("*.arrow")))
     command.ctrl_c()
     command.process.send_signal(signal.SIGTERM)
-    assert command.end(5) == EXIT_CODE
-    assert command.leaves_nothing_behind(), command.tree()
+    assert command.end(10) == EXIT_CODE
+    assert command.leaves_nothing_behind(60), command.tree()
 
 
 @pytest.mark.e2e
