@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     parser.add_argument(
-        "--show", type=int, metavar="N", help="print N examples of each dataset, and prepare nothing"
+        "--show", type=_whole, metavar="N", help="print N examples of each dataset, and prepare nothing"
     )
     options = parser.parse_intermixed_args(arguments)
     console = Console(highlight=False)
@@ -61,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say("stopped" if plan is None else stopped_line(plan), console)
             return INTERRUPTED
     return 0
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 0 or more")
+    return int(text)
 
 
 def prepared_directory(config: Config) -> str:

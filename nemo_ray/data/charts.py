@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from nemo_ray.data.visible import visible
+from nemo_ray.visible import visible
 
 NUM_COLOURS = 8
 """Classes c0..c7 of the style sheet; `c-other` is all that comes after."""

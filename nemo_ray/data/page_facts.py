@@ -30,7 +30,7 @@ def page_facts(plan: DataPlan, config: Config, probes: Sequence[Probe]) -> dict[
         statistics["train"] |= {**together, "prepared_windows": 0}
         statistics["rejected_examples"] = _rejected(probes)
     shown = [(probe.source, example) for probe in probes for example in probe.examples]
-    room = _PAGE_TOKENS // max(1, sum(not example.rejected for _, example in shown))
+    room = max(40, _PAGE_TOKENS // max(1, sum(not example.rejected for _, example in shown)))
     return {
         "title": config.output_dir,
         "directory": plan.directory,

@@ -15,9 +15,9 @@ from nemo_ray.data.files import BLANK_LINE
 from nemo_ray.data.manifest import DataPlan, Window
 from nemo_ray.data.shards import ShardStats, read_stats
 from nemo_ray.data.statistics import Totals
-from nemo_ray.data.visible import visible
 from nemo_ray.errors import DataError
 from nemo_ray.storage import is_url, publish_bytes
+from nemo_ray.visible import visible
 
 EARLY_ROWS = 2_000
 EARLY_WINDOWS = 2

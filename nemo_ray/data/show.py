@@ -9,7 +9,7 @@ from rich.text import Text
 from nemo_ray.data.examples import Example, Probe, Token
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.statistics import Totals, sum_of
-from nemo_ray.data.visible import visible
+from nemo_ray.visible import visible
 
 _TRAINED = "bold green"
 _SPECIAL = "dim"
@@ -44,7 +44,9 @@ def fate(totals: Totals, sequence_len: int) -> str:
         parts.append(f"{totals.truncated:,} of them cut to sequence_len {sequence_len}")
     if totals.documents:
         share = totals.targets / totals.tokens
-        parts.append(f"{totals.tokens / totals.documents:,.0f} tokens each, {share:.0%} of them trained")
+        parts.append(
+            f"{totals.tokens / totals.documents:,.0f} tokens on average, {share:.0%} of them trained"
+        )
     return ", ".join(parts)
 
 

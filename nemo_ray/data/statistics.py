@@ -9,7 +9,7 @@ from nemo_ray.data.files import BLANK_LINE
 from nemo_ray.data.histograms import Histograms
 from nemo_ray.data.manifest import DataPlan, Window
 from nemo_ray.data.shards import ShardStats, read_stats
-from nemo_ray.data.visible import visible
+from nemo_ray.visible import visible
 
 _EXAMPLES_OF_A_REASON = 3
 
@@ -99,40 +99,26 @@ def data_statistics(plan: DataPlan) -> dict[str, Any]:
         ],
         "train": _part(plan, plan.windows, train),
         "held_out": _part(plan, plan.eval_windows, held_out),
-        "rejected_examples": _first_of_each_reason([*examples, *more]),
+        "rejected_examples": [*examples, *more],
     }
 
 
 def _by_source(plan: DataPlan, windows: Sequence[Window]) -> tuple[list[Totals], list[dict[str, Any]]]:
-    """The sums of each source, and some rejected rows of each shard."""
+    """The sums of each source, and the first rejected rows of each reason."""
     totals = [Totals() for _ in plan.sources]
     examples: list[dict[str, Any]] = []
+    seen: Counter[str] = Counter()
     for window in windows:
         path = plan.shard_path(window)
         if path.exists():
             stats = read_stats(path)
             totals[window.source].add(stats)
-            examples = _first_of_each_reason([*examples, *_rejected_rows(plan, window, stats)])
+            for index, reason, detail in stats.rejected_rows:
+                if reason != BLANK_LINE and seen[reason] < _EXAMPLES_OF_A_REASON:
+                    seen[reason] += 1
+                    file, row = plan.locate(window, index)
+                    examples.append({"file": file, "row": row, "reason": reason, "detail": detail})
     return totals, examples
-
-
-def _rejected_rows(plan: DataPlan, window: Window, stats: ShardStats) -> list[dict[str, Any]]:
-    rows = []
-    for index, reason, detail in stats.rejected_rows:
-        if reason != BLANK_LINE:
-            file, row = plan.locate(window, index)
-            rows.append({"file": file, "row": row, "reason": reason, "detail": detail})
-    return rows
-
-
-def _first_of_each_reason(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    seen: Counter[str] = Counter()
-    kept = []
-    for row in rows:
-        seen[row["reason"]] += 1
-        if seen[row["reason"]] <= _EXAMPLES_OF_A_REASON:
-            kept.append(row)
-    return kept
 
 
 def _part(plan: DataPlan, windows: tuple[Window, ...], sources: Sequence[Totals]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from nemo_ray import session
 from nemo_ray.data import shards
 from nemo_ray.data.__main__ import main
 from nemo_ray.data.prepare import window_task
+from nemo_ray.data.preparing import Interrupts
 from nemo_ray.data.progress import PrepareDisplay, Speed
 from nemo_ray.data.review import Prepared
 from nemo_ray.data.sources import plan_data
@@ -85,6 +86,38 @@ def test_a_refusal_is_one_line(
         text = text.replace(name, place)
     assert main([str(write_config(tmp_path, base, **yaml.safe_load(text)))]) == code
     assert re.search(words, told(capsys))
+
+
+def test_an_error_that_quotes_a_row_controls_no_terminal(
+    base: Path, tmp_path: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "strict.jinja"
+    template.write_text("{{ raise_exception('no role ' + messages[0]['role']) }}")
+    rows = [{"messages": [{"role": f"\x1b]0;mine\x07 {i}"}, {"role": "assistant"}]} for i in range(9)]
+    for row in rows:
+        for message in row["messages"]:
+            message["content"] = "x"
+    write_lines(tmp_path / "rows.jsonl", rows)
+    assert main([str(write_config(tmp_path, base, chat_template=str(template)))]) == 1
+    assert "(TemplateError: no role ␛]0;mine␇ 0)" in told(capsys)
+
+
+@pytest.mark.parametrize("text", ["-1", "x", "1.5"])
+def test_show_takes_a_whole_number(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run.yaml", f"--show={text}"])
+    assert "is no whole number" in capsys.readouterr().err
+
+
+def test_a_signal_while_ray_starts_waits_for_it() -> None:
+    steps = []
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
+        with interrupts.deferred():
+            signal.raise_signal(signal.SIGINT)
+            steps.append("Ray is up")
+        steps.append("never")
+    assert steps == ["Ray is up"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_an_output_folder_that_takes_no_page_is_told(

@@ -14,8 +14,8 @@ from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.prepare import prepare_window, window_task
 from nemo_ray.data.review import Review, missing_windows
 from nemo_ray.data.sources import plan_data
-from nemo_ray.data.visible import visible
 from nemo_ray.errors import DataError
+from nemo_ray.visible import visible
 from tests.data.helpers import chats, section, write_lines
 
 NO_ANSWER: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
