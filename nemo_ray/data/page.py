@@ -40,15 +40,12 @@ def _head(facts: Facts) -> str:
     train, held_out = statistics["train"], statistics["held_out"]
     probed = facts["probed_rows"] is not None
     tokens = train["estimated_tokens"] if probed else train["tokens"]
+    sequence_len = statistics["sequence_len"]
     held = f"{plural(held_out['planned_rows'], 'row')} held out" if held_out["windows"] else "none held out"
     lost = sum(train["rejected"].values())
     tiles = [
         ("Rows", number(train["planned_rows"]), held),
-        (
-            "Tokens",
-            ("about " if probed else "") + number(tokens),
-            f"in packs of {statistics['sequence_len']:,}",
-        ),
+        ("Tokens", number(tokens), f"{'estimated, ' if probed else ''}in packs of {sequence_len:,}"),
         ("Trained", percent(train["targets"], train["tokens"]), "of all tokens"),
         ("Packs filled", percent(train["efficiency"] or 0, 1), "of positions hold a token"),
         ("Rejected", number(lost), f"of {plural(train['rows'], 'row')} read"),
@@ -71,7 +68,7 @@ def _how_far(facts: Facts) -> str:
         notes.insert(
             0,
             f"Nothing is prepared yet: this page shows the first {plural(facts['probed_rows'], 'row')} of "
-            "the datasets, packed among themselves. Without --show, the command prepares them all.",
+            "the datasets, packed among themselves. The command prepares all without --show.",
         )
     elif train["prepared_windows"] < train["windows"]:
         notes.insert(

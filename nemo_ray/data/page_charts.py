@@ -39,6 +39,12 @@ def _charted(facts: Facts) -> list[dict[str, Any]]:
     return [source for source in sources if source in largest]
 
 
+def _left_out(facts: Facts) -> str:
+    """A sentence where not every dataset has a chart."""
+    num_sources = len(facts["labels"])
+    return f" The {_MOST_SOURCES} largest of {num_sources} datasets." if num_sources > _MOST_SOURCES else ""
+
+
 def _histogram(
     title: str, name: str, counts: Sequence[int], bins: Sequence[int], kinds: Sequence[str], what: str
 ) -> str:
@@ -100,6 +106,7 @@ def lengths(facts: Facts) -> str:
         "b-lost": "longer: dropped or cut",
     }
     words = "Tokens of each document, before any is dropped or cut, in four bins to a doubling."
+    words += _left_out(facts)
     entries = [(kind, name) for kind, name in names.items() if kind in kinds]
     return section("Document lengths", soft(words), legend(entries), _pair(charts))
 
@@ -121,6 +128,7 @@ def trained(facts: Facts) -> str:
         title = f"{source['label']}: {percent(part['targets'], part['tokens'])} of its tokens"
         charts.append(_histogram(title, "trained_shares", counts, range(10), ["b-kept"] * 10, "document"))
     words = "The part of each document's tokens that is trained, in %: targets of the loss."
+    words += _left_out(facts)
     return section("Trained tokens", soft(words), _pair(charts))
 
 
