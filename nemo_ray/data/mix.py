@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.manifest import DataPlan, Window
 from nemo_ray.data.order import EpochOrder
 from nemo_ray.data.shards import read_stats
 
@@ -27,7 +27,7 @@ def epoch_mix(plan: DataPlan, seed: int) -> dict[str, Any]:
             tokens.append(float(stats.tokens))
         else:
             estimated += 1
-            tokens.append(plan.estimated_tokens(window))
+            tokens.append(_estimate(plan, window))
             packs.append(round(tokens[-1] / plan.sequence_len) or 1)
     scale = min(1.0, _MOST_DRAWS / max(sum(packs), 1))
     drawn = [max(1, round(count * scale)) if count else 0 for count in packs]
@@ -49,5 +49,9 @@ def planned_tokens(plan: DataPlan) -> list[float]:
     """Tokens of each source in an epoch as they were known before preparing."""
     tokens = [0.0] * len(plan.sources)
     for window in plan.windows:
-        tokens[window.source] += plan.estimated_tokens(window)
+        tokens[window.source] += _estimate(plan, window)
     return tokens
+
+
+def _estimate(plan: DataPlan, window: Window) -> float:
+    return window.num_rows * plan.sources[window.source].tokens_per_row
