@@ -34,19 +34,18 @@ def _say(text: str, console: Console, style: str = "") -> None:
 
 def fate(totals: Totals, sequence_len: int) -> str:
     """What becomes of the first rows, in words."""
-    parts = [f"{totals.documents:,} of the first {totals.rows:,} rows are kept"]
+    given = f"the first {totals.rows:,} rows give {totals.documents:,} documents"
+    if totals.documents:
+        given += f" of {totals.tokens / totals.documents:,.0f} tokens on average"
+        given += f" ({totals.targets / totals.tokens:.0%} trained)"
+    parts = [given]
     if totals.num_rejected:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in totals.reasons())
-        parts.append(f"{totals.num_rejected:,} rejected ({reasons})")
+        parts.append(f"{totals.num_rejected:,} rows rejected ({reasons})")
     if totals.dropped:
-        parts.append(f"{totals.dropped:,} dropped (longer than sequence_len {sequence_len})")
+        parts.append(f"{totals.dropped:,} documents dropped (longer than sequence_len {sequence_len})")
     if totals.truncated:
-        parts.append(f"{totals.truncated:,} of them cut to sequence_len {sequence_len}")
-    if totals.documents:
-        share = totals.targets / totals.tokens
-        parts.append(
-            f"{totals.tokens / totals.documents:,.0f} tokens on average, {share:.0%} of them trained"
-        )
+        parts.append(f"{totals.truncated:,} of the documents cut to sequence_len {sequence_len}")
     return ", ".join(parts)
 
 

@@ -111,8 +111,10 @@ def test_show_names_what_becomes_of_the_first_rows(
     assert "\x1b" not in out and "\u202e" not in out
     assert "rejected: no assistant turn" in out
     assert re.search(r"[\d,]+ tokens, [\d,]+ trained \(\d+%\), longer than sequence_len 128: dropped", out)
-    assert re.search(r"chats.jsonl: \d+ of the first \d+ rows are kept, 1 rejected \(1 no assistant", out)
-    assert re.search(r"together: \d+ of the first \d+ rows are kept, 1 rejected .*, \d+ dropped", out)
+    assert re.search(
+        r"chats.jsonl: the first \d+ rows give \d+ documents .*, 1 rows rejected \(1 no assistant", out
+    )
+    assert re.search(r"together: the first \d+ rows .*, 1 rows rejected .*, \d+ documents dropped", out)
     assert f"page: {tmp_path / 'out' / 'data.html'}" in out
 
 
