@@ -13,6 +13,7 @@ from nemo_ray.data import review, sources
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.prepare import prepare_window, window_task
 from nemo_ray.data.review import Review, missing_windows
+from nemo_ray.data.shards import ShardStats
 from nemo_ray.data.sources import plan_data
 from nemo_ray.errors import DataError
 from nemo_ray.visible import visible
@@ -145,11 +146,13 @@ def test_a_dataset_that_gives_nothing_stops_a_mixed_run(base: Path, tmp_path: Pa
 
 
 def test_no_trained_token_is_an_error(base: Path, tmp_path: Path) -> None:
-    # The first token of a document is no target, and these have one token each.
-    path = write_lines(tmp_path / "rows.jsonl", [{"text": "<|im_end|>"}] * 40)
-    plan, data = plan_of(path, base, tmp_path, dataset={"type": "completion"})
+    plan, _ = plan_of(write_lines(tmp_path / "rows.jsonl", chats(40, words=2)), base, tmp_path)
+    one = Review(plan, 0.05)
+    for window in plan.windows:
+        rows = window.num_rows
+        one.add(window, ShardStats(rows, rows, packs=1, tokens=rows, targets=0, dropped=0, truncated=0))
     with pytest.raises(DataError, match=r"none of the 40 tokens of 40 rows of .* is trained"):
-        prepared(plan, data, base)
+        one.finish()
 
 
 def test_shards_that_are_there_are_judged_again(base: Path, tmp_path: Path) -> None:
