@@ -4,7 +4,7 @@ from typing import Any
 
 from nemo_ray.data.manifest import DataPlan, Window
 from nemo_ray.data.order import EpochOrder
-from nemo_ray.data.shards import read_stats
+from nemo_ray.data.statistics import existing_stats
 
 SLICES = 20
 _MOST_DRAWS = 100_000
@@ -19,10 +19,8 @@ def epoch_mix(plan: DataPlan, seed: int) -> dict[str, Any]:
     packs: list[int] = []
     tokens: list[float] = []
     estimated = 0
-    for window in plan.windows:
-        path = plan.shard_path(window)
-        if path.exists():
-            stats = read_stats(path)
+    for window, stats in zip(plan.windows, existing_stats(plan, plan.windows), strict=True):
+        if stats is not None:
             packs.append(stats.packs)
             tokens.append(float(stats.tokens))
         else:

@@ -22,7 +22,7 @@ import ray.data
 from nemo_ray.config.schema import DataSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.prepare import WindowTask, prepare_window, window_task
-from nemo_ray.data.review import Progress, Review, missing_windows, not_writable, require_writable
+from nemo_ray.data.review import Progress, Review, missing_windows, not_writable, require_writable, survey
 from nemo_ray.data.shards import ShardStats
 from nemo_ray.errors import DataError, NemoRayError
 from nemo_ray.failures import one_line
@@ -50,11 +50,12 @@ def prepare(
     stop = stop or threading.Event()
     plan.failure_path.unlink(missing_ok=True)
     try:
-        missing = missing_windows(plan, order)
+        found = survey(plan, order)
+        missing = missing_windows(found)
         if missing:
             require_writable(plan)
         review = Review(plan, data.max_rejected_share, listing=listing, progress=progress)
-        review.add_existing(missing)
+        review.add_existing(found)
         held_out = {window.key for window in plan.eval_windows}
         tasks = [
             window_task(plan, window, data, base_model, held_out=window.key in held_out) for window in missing

@@ -19,7 +19,7 @@ from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.order import window_order
 from nemo_ray.data.progress import PrepareDisplay
-from nemo_ray.data.review import Prepared, Review, missing_windows, require_writable
+from nemo_ray.data.review import Prepared, Review, missing_windows, require_writable, survey
 from nemo_ray.run_dir import RunDir
 
 INTERRUPTED = 130
@@ -88,9 +88,10 @@ def prepare_missing(
     Raises DataError, ClusterError, or KeyboardInterrupt at a signal, when Ray has ended.
     """
     listing = RunDir(config.output_dir).rejected_file
-    if not missing_windows(plan):
+    found = survey(plan)
+    if not missing_windows(found):
         review = Review(plan, config.max_rejected_share, listing=listing)
-        review.add_existing(())
+        review.add_existing(found)
         review.finish()
         return None
     require_writable(plan)
@@ -162,6 +163,6 @@ def _ray(config: Config, interrupts: Interrupts) -> Iterator[None]:
 
 def stopped_line(plan: DataPlan) -> str:
     """What a stop leaves."""
-    keys = {window.key for window in (*plan.windows, *plan.eval_windows)}
-    ready = len(keys) - len(missing_windows(plan))
-    return f"stopped; {ready:,} of {len(keys):,} windows are prepared, the same command goes on"
+    found = survey(plan)
+    ready = len(found) - len(missing_windows(found))
+    return f"stopped; {ready:,} of {len(found):,} windows are prepared, the same command goes on"

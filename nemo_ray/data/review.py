@@ -13,8 +13,8 @@ from typing import Any
 
 from nemo_ray.data.files import BLANK_LINE
 from nemo_ray.data.manifest import DataPlan, Window
-from nemo_ray.data.shards import ShardStats, read_stats
-from nemo_ray.data.statistics import Totals
+from nemo_ray.data.shards import ShardStats
+from nemo_ray.data.statistics import Totals, existing_stats
 from nemo_ray.errors import DataError
 from nemo_ray.storage import is_url, publish_bytes
 from nemo_ray.visible import visible
@@ -43,11 +43,20 @@ class Prepared:
 Progress = Callable[[Prepared], None]
 
 
-def missing_windows(plan: DataPlan, order: Iterable[int] | None = None) -> list[Window]:
-    """Windows without a shard, each once: held-out ones, then plan.windows in `order` (default: planned)."""
+Survey = list[tuple[Window, ShardStats | None]]
+"""Windows, each once, with what their shards say; None where there is no shard."""
+
+
+def survey(plan: DataPlan, order: Iterable[int] | None = None) -> Survey:
+    """What exists: held-out windows, then plan.windows in `order` (default: as planned)."""
     training = plan.windows if order is None else [plan.windows[index] for index in order]
-    by_key = {window.key: window for window in (*plan.eval_windows, *training)}
-    return [window for window in by_key.values() if not plan.shard_path(window).exists()]
+    windows = list({window.key: window for window in (*plan.eval_windows, *training)}.values())
+    return list(zip(windows, existing_stats(plan, windows), strict=True))
+
+
+def missing_windows(found: Survey) -> list[Window]:
+    """The windows without a shard."""
+    return [window for window, stats in found if stats is None]
 
 
 def not_writable(path: str | Path, error: OSError) -> DataError:
@@ -95,12 +104,11 @@ class Review:
         self._by_source = [Totals() for _ in plan.sources]
         self._rejected: list[dict[str, Any]] = []
 
-    def add_existing(self, missing: Iterable[Window]) -> None:
-        """Count the shards that are there: all but the `missing` ones. Raises DataError, as `add` does."""
-        keys = {window.key for window in missing}
-        for window in self._windows.values():
-            if window.key not in keys:
-                self.add(window, read_stats(self._plan.shard_path(window)), new=False)
+    def add_existing(self, found: Survey) -> None:
+        """Count the shards that are there. Raises DataError, as `add` does."""
+        for window, stats in found:
+            if stats is not None:
+                self.add(window, stats, new=False)
 
     def add(self, window: Window, stats: ShardStats, *, new: bool = True) -> None:
         """Count one shard. Raises DataError when too many rows are rejected."""

@@ -1,7 +1,7 @@
 """What became of the rows: sums over the shards that exist, and their text for the user."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from nemo_ray.data import histograms
@@ -73,8 +73,14 @@ def sum_of(parts: Iterable[ShardStats | Totals]) -> Totals:
 
 def sum_shards(plan: DataPlan, windows: Iterable[Window]) -> Totals:
     """The sum over those windows whose shards exist."""
-    paths = (plan.shard_path(window) for window in windows)
-    return sum_of(read_stats(path) for path in paths if path.exists())
+    return sum_of(stats for stats in existing_stats(plan, list(windows)) if stats is not None)
+
+
+def existing_stats(plan: DataPlan, windows: Sequence[Window]) -> Iterator[ShardStats | None]:
+    """The statistics of each window's shard; None where there is none."""
+    for window in windows:
+        path = plan.shard_path(window)
+        yield read_stats(path) if path.exists() else None
 
 
 def data_statistics(plan: DataPlan) -> dict[str, Any]:
@@ -108,10 +114,8 @@ def _by_source(plan: DataPlan, windows: Sequence[Window]) -> tuple[list[Totals],
     totals = [Totals() for _ in plan.sources]
     examples: list[dict[str, Any]] = []
     seen: Counter[str] = Counter()
-    for window in windows:
-        path = plan.shard_path(window)
-        if path.exists():
-            stats = read_stats(path)
+    for window, stats in zip(windows, existing_stats(plan, windows), strict=True):
+        if stats is not None:
             totals[window.source].add(stats)
             for index, reason, detail in stats.rejected_rows:
                 if reason != BLANK_LINE and seen[reason] < _EXAMPLES_OF_A_REASON:

@@ -12,7 +12,7 @@ from nemo_ray.config.schema import DataSection
 from nemo_ray.data import review, sources
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.prepare import prepare_window, window_task
-from nemo_ray.data.review import Review, missing_windows
+from nemo_ray.data.review import Review, missing_windows, survey
 from nemo_ray.data.shards import ShardStats
 from nemo_ray.data.sources import plan_data
 from nemo_ray.errors import DataError
@@ -31,9 +31,9 @@ def prepared(plan: DataPlan, data: DataSection, base: Path, **options: Any) -> l
     """What the pipeline does, one window after the other; returns the windows ready at each report."""
     ready: list[int] = []
     one = Review(plan, data.max_rejected_share, progress=lambda now: ready.append(now.windows), **options)
-    missing = missing_windows(plan)
-    one.add_existing(missing)
-    for window in missing:
+    found = survey(plan)
+    one.add_existing(found)
+    for window in missing_windows(found):
         held_out = window in plan.eval_windows
         one.add(window, prepare_window(window_task(plan, window, data, str(base), held_out=held_out)))
     one.finish()
@@ -159,7 +159,7 @@ def test_shards_that_are_there_are_judged_again(base: Path, tmp_path: Path) -> N
     path = write_lines(tmp_path / "rows.jsonl", rows_with_bad(200, range(150, 170)))
     plan, data = plan_of(path, base, tmp_path, max_rejected_share=0.2)
     prepared(plan, data, base)
-    assert not missing_windows(plan)
+    assert not missing_windows(survey(plan))
     plan, data = plan_of(path, base, tmp_path)
     with pytest.raises(DataError, match="20 of the"):
         prepared(plan, data, base)
