@@ -7,6 +7,7 @@
     completions.jsonl  {"prompt", "completion", "stage": "before" | "after", "step"}
     data_plan.json     the windows that the run began with
     tensorboard/       event files;  wandb/: W&B's own;  trackers.json: the runs' ids in W&B and MLflow
+    rejected.jsonl     the rows that cannot be used, and why;  data.html: the data to look at, kept by `clear`
     progress.json      where the run is now;  stop: somebody asked it to end;  error.log: the full traceback
     prepared/          shards, where no dataset_prepared_path is given. Content-addressed: kept by `clear`
     .ray/              Ray Train's own storage
@@ -47,6 +48,8 @@ class RunDir:
         self.model_dir = self.path / "model"
         self.completions_file = self.path / "completions.jsonl"
         self.data_plan_file = self.path / "data_plan.json"
+        self.rejected_file = self.path / "rejected.jsonl"
+        self.data_page = self.path / "data.html"
         self.progress_file = self.path / "progress.json"
         self.stop_file = self.path / "stop"
         self.error_file = self.path / "error.log"
@@ -68,7 +71,7 @@ class RunDir:
         """Everything that `clear` removes."""
         helpers = (self.progress_file, self.stop_file, self.error_file, self.data_plan_file, self.ray_dir)
         trackers = (self.tensorboard_dir, self.wandb_dir, self.trackers_file)
-        return (*self._results(), *helpers, *trackers, self.run_json)
+        return (*self._results(), *helpers, *trackers, self.rejected_file, self.run_json)
 
     def holds_run(self) -> bool:
         """Whether a run lives here (finished, broken off or under way)."""
@@ -92,7 +95,7 @@ class RunDir:
         """Names in the folder that no run writes; hidden files and *.log do not count."""
         if not self.path.is_dir():
             return []
-        own = {path.name for path in self._owned()} | {PREPARED_NAME}
+        own = {path.name for path in self._owned()} | {PREPARED_NAME, self.data_page.name}
         return sorted(
             name
             for name in os.listdir(self.path)

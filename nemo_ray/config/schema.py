@@ -292,6 +292,12 @@ class DataSection(Section):
         "drop",
         description="A row longer than `sequence_len` is left out, or cut at the end. Both are counted.",
     )
+    max_rejected_share: Ratio = Field(
+        0.05,
+        description="The run stops when more than this part of all rows is rejected, which means that they "
+        "cannot be used; `rejected.jsonl` lists them. Below 0.5 it stops early where more than half of the "
+        "first rows are: 2,000 or more, of two windows or more. Rows that are too long are not rejected.",
+    )
     train_on_inputs: Bool = Field(
         False, description="Make every token of a conversation a target, not only the answers."
     )

@@ -17,7 +17,7 @@ from nemo_ray.data.window_list import Span as Span
 from nemo_ray.data.window_list import Window as Window
 from nemo_ray.data.window_list import WindowList as WindowList
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every window's key: raised whenever the same inputs would give another shard."""
 
 FileFormat = Literal["jsonl", "json", "parquet"]

@@ -4,10 +4,11 @@ A pure function of the window's rows and the settings below: where and when it r
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from nemo_ray.data.encode import Encoder, Sample
 from nemo_ray.data.files import read_span
 from nemo_ray.data.formats import format_of
 from nemo_ray.data.formats.base import resolve
+from nemo_ray.data.histograms import shard_histograms
 from nemo_ray.data.manifest import DataPlan, FileFormat, Span, Window
 from nemo_ray.data.packing import pack
 from nemo_ray.data.shards import ShardStats, write_shard
@@ -67,16 +69,34 @@ def window_task(
 def prepare_window(task: WindowTask) -> ShardStats:
     """Write the window's shard and return its statistics. Raises DataError or ConfigError."""
     results = encode_rows(read_rows(task), task.spec, task.tokenizer, task.train_on_inputs)
+    packed = pack_rows(results, task)
+    write_shard(Path(task.path), packed.samples, packed.rows, packed.packs, packed.stats)
+    return packed.stats
+
+
+class PackedRows(NamedTuple):
+    """What a shard is made of, see `write_shard`."""
+
+    samples: list[Sample]
+    rows: list[int]
+    packs: list[list[int]]
+    stats: ShardStats
+
+
+def pack_rows(results: Sequence[list[Sample] | RowError], task: WindowTask) -> PackedRows:
+    """Samples of consecutive rows, dropped, cut and packed as the task says, and what became of them."""
     splits = format_of(task.spec).splits
     samples: list[Sample] = []
     rows: list[int] = []
     rejected: list[tuple[int, str, str]] = []
+    whole: list[int] = []
     dropped = truncated = 0
     for row, result in enumerate(results):
         if isinstance(result, RowError):
             rejected.append((row, result.reason, result.detail[:200]))
             continue
         for sample in result:
+            whole.append(len(sample.ids))
             fitted = fit(sample, task.sequence_len, splits, task.truncate)
             dropped += not fitted
             truncated += len(fitted) == 1 and len(fitted[0].ids) < len(sample.ids)
@@ -84,19 +104,21 @@ def prepare_window(task: WindowTask) -> ShardStats:
             rows += [row] * len(fitted)
     lengths = [len(sample.ids) for sample in samples]
     packs = pack(lengths, task.sequence_len) if task.packing else [[index] for index in range(len(samples))]
+    targets = [int(np.count_nonzero(sample.targets[1:])) for sample in samples]
+    documents = list(zip(lengths, targets, strict=True))
     stats = ShardStats(
         rows=len(results),
         documents=len(samples),
         packs=len(packs),
         tokens=sum(lengths),
-        targets=sum(int(np.count_nonzero(sample.targets[1:])) for sample in samples),
+        targets=sum(targets),
         dropped=dropped,
         truncated=truncated,
         rejected=dict(sorted(Counter(reason for _, reason, _ in rejected).items())),
         rejected_rows=tuple(rejected[:LISTED_REJECTIONS]),
+        histograms=shard_histograms(whole, documents, packs, task.sequence_len),
     )
-    write_shard(Path(task.path), samples, rows, packs, stats)
-    return stats
+    return PackedRows(samples, rows, packs, stats)
 
 
 def read_rows(task: WindowTask) -> list[Any]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nemo_ray.data.encode import Sample
+from nemo_ray.data.histograms import Histograms
 from nemo_ray.data.packing import Int32, Int64, Pack, build_pack
 from nemo_ray.errors import DataError
 from nemo_ray.storage import publish_bytes
@@ -52,6 +53,8 @@ class ShardStats:
     """Reason -> rows."""
     rejected_rows: tuple[tuple[int, str, str], ...] = ()
     """The first of them: (row in the window, reason, detail)."""
+    histograms: Histograms = field(default_factory=dict)
+    """Of lengths, packs and trained shares: see histograms.py."""
 
     @property
     def num_rejected(self) -> int:

@@ -56,7 +56,8 @@ def prepare_data(
         order=window_order(plan, config.seed),
         num_cpus=resources.DATA_TASK_CPUS,
         stop=stop,
-        progress=progress,
+        progress=lambda now: progress(now.windows, now.num_windows),
+        listing=RunDir(config.output_dir).rejected_file,
     )
 
 
@@ -253,7 +254,7 @@ class Launch:
                 display.say("stopping: saving a checkpoint (again to stop at once)")
             if not data_told and data.wait(0):
                 data_told = True
-                for line in summary.data_lines(self.plan) if data.error is None else ():
+                for line in summary.data_lines(self.plan, self.run_dir) if data.error is None else ():
                     display.say(line)
             if data.error is not None and not stopping:
                 stopping = True
@@ -303,7 +304,7 @@ class Launch:
         shutil.rmtree(run.ray_dir, ignore_errors=True)
         run.stop_file.unlink(missing_ok=True)
         if code != 0 and not run.has_trained():
-            run.clear(keep=(run.error_file,))
+            run.clear(keep=(run.error_file, run.rejected_file))
             return
         outcome = {0: "finished", INTERRUPTED: "stopped"}.get(code, "failed")
         facts = {"outcome": outcome, "ended_at": datetime.now(UTC).isoformat(timespec="seconds")}

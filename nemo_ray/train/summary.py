@@ -80,12 +80,12 @@ def describe_data(config: Config, plan: DataPlan, world_size: int) -> list[Row]:
     ]
 
 
-def data_lines(plan: DataPlan) -> list[str]:
+def data_lines(plan: DataPlan, run: RunDir) -> list[str]:
     """What became of the rows, once all are prepared; the rejected ones are counted by reason and listed."""
     statistics = data_statistics(plan)
     lines = [f"data: {line}" for line in describe(statistics)[len(plan.sources) :]]
-    if plan.rejected_path.exists() and any(statistics[part]["rejected"] for part in ("train", "held_out")):
-        lines.append(f"data: rejected rows are listed in {plan.rejected_path}")
+    if run.rejected_file.exists():
+        lines.append(f"data: rejected rows are listed in {run.rejected_file}")
     return lines
 
 

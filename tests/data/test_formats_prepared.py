@@ -117,6 +117,7 @@ def test_the_command_shows_each_document(
         ],
         "pretraining_dataset": [{"path": str(tmp_path / "long.jsonl"), "text_column": "body"}],
         "sequence_len": 128,
+        "output_dir": str(tmp_path / "out"),
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(keys))
     assert main([str(tmp_path / "config.yaml"), "--show", "1"]) == 0

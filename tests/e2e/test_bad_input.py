@@ -145,7 +145,7 @@ def test_many_bad_rows_stop_the_run(world: World) -> None:
     lines = [*first_lines(ASSETS / "chats.jsonl", 90), *[NO_ANSWER] * 10]
     rows = write_lines(world.folder / "many-bad.jsonl", lines)
     started = world.train("many-bad", datasets=[{"path": str(rows)}])
-    refused(started, 1, "10 of the", "rejected", "5%", "assistant", "many-bad.jsonl row 90")
+    refused(started, 1, "10 of the", "max_rejected_share 0.05", "assistant", "many-bad.jsonl row 90")
     assert not world.run_dir("many-bad").holds_run()
 
 
