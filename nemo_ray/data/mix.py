@@ -3,6 +3,7 @@
 from typing import Any
 
 from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.mixing import passes
 from nemo_ray.data.order import EpochOrder
 from nemo_ray.data.statistics import existing_stats
 
@@ -45,9 +46,9 @@ def epoch_mix(plan: DataPlan, seed: int) -> dict[str, Any]:
 
 def planned_tokens(plan: DataPlan) -> list[float]:
     """Tokens of each source in an epoch as they were known before preparing."""
-    tokens = [0.0] * len(plan.sources)
+    tokens, read = [0.0] * len(plan.sources), passes(plan.sources)
     for window in plan.windows:
-        tokens[window.source] += _estimate(plan, window)
+        tokens[window.source] += read[window.source] * _estimate(plan, window)
     return tokens
 
 

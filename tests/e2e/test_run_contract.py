@@ -71,7 +71,7 @@ def test_run_json(world: World, reference: RunDir) -> None:
 
 def test_files(reference: RunDir) -> None:
     assert {path.name for path in reference.path.iterdir()} == {
-        *("adapter", "checkpoints", "completions.jsonl", "data_plan.json"),
+        *("adapter", "checkpoints", "completions.jsonl", "data_plan.json", "rejected.jsonl"),
         *("metrics.jsonl", "progress.json", "run.json", "tensorboard"),
     }
     assert {path.name for path in reference.checkpoints_dir.iterdir()} == {"step-4", "step-8", "step-12"}
