@@ -57,9 +57,12 @@ def shard_histograms(
     `packs`: indices into them."""
     sizes = np.array([tokens for tokens, _ in documents], dtype=np.float64)
     trained = np.array([targets for _, targets in documents], dtype=np.float64)
+    counts = np.array([len(group) for group in packs], dtype=np.int64)
+    order = np.array([index for group in packs for index in group], dtype=np.int64)
+    filled = np.add.reduceat(sizes[order], np.cumsum(counts) - counts) if len(packs) else sizes
     return {
         "lengths": count("lengths", lengths),
-        "pack_documents": count("pack_documents", [len(group) for group in packs]),
+        "pack_documents": count("pack_documents", counts),
         "trained_shares": count("trained_shares", trained / sizes),
-        "pack_fill": count("pack_fill", [sizes[list(group)].sum() / sequence_len for group in packs]),
+        "pack_fill": count("pack_fill", filled / sequence_len),
     }
