@@ -55,7 +55,7 @@ def resolve_paths(config: Config, job: bool, cwd: Path) -> Config:
         if value is not None and value != "auto":
             update[name] = str(base / value if not (cwd / value).exists() else cwd / value)
     uri = config.mlflow_tracking_uri
-    if uri is not None and ":" not in uri:  # a folder
+    if uri is not None and ":" not in uri and uri != "databricks":  # a folder
         update["mlflow_tracking_uri"] = str(base / uri)
     if not job:
         update["base_model"] = _absolute(config.base_model, cwd)

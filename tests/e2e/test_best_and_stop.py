@@ -1,6 +1,7 @@
-"""Two held-out sets, the best weights, an early stop, and what TensorBoard shows, by the real command."""
+"""Two held-out sets, the best weights, an early stop, and what trackers show, by the real command."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from nemo_ray.train.trackers.rows import figures
 from tests.e2e.command import TRAIN
 from tests.e2e.compare import assert_same_adapter, assert_same_course, eval_rows, train_rows
 from tests.e2e.world import ASSETS, World, first_lines, write_lines
-from tests.train.tracker_readers import tensorboard_points
+from tests.train.tracker_readers import Points, mlflow_points, tensorboard_points, wandb_points
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -36,7 +37,23 @@ def settings(world: World) -> dict[str, Any]:
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_loss/held-out",
         "early_stopping_patience": 2,
+        "wandb_project": "nemotron",
+        "wandb_mode": "offline",
+        "mlflow_tracking_uri": mlflow_uri(world),
+        "mlflow_experiment_name": "nemotron",
     }
+
+
+def mlflow_uri(world: World) -> str:
+    return f"file://{world.folder}/mlflow"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store_of_files() -> Iterator[None]:
+    """MLflow's own server is no part of mlflow-skinny; its store of files has to be asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +99,29 @@ def test_the_adapter_is_that_of_the_best_checkpoint(stopped: RunDir) -> None:
         assert torch.equal(tensor, wanted) and tensor.any()
 
 
-def test_tensorboard_shows_metrics_jsonl(stopped: RunDir) -> None:
+def tracked_points(world: World, run: RunDir) -> dict[str, Points]:
+    """What each tracker shows of a run."""
+    ids = run.read_trackers()
+    files = sorted(run.wandb_dir.glob("offline-run-*/*.wandb"))
+    assert {file.name for file in files} == {f"run-{ids['wandb_run_id']}.wandb"}
+    return {
+        "TensorBoard": tensorboard_points(run.tensorboard_dir),
+        "W&B": wandb_points(files[-1]),
+        "MLflow": mlflow_points(mlflow_uri(world), ids["mlflow_run_id"]),
+    }
+
+
+def test_trackers_show_metrics_jsonl(world: World, stopped: RunDir) -> None:
     wanted = {
         (name, row["step"]): value for row in stopped.read_metrics() for name, value in figures(row).items()
     }
-    points = tensorboard_points(stopped.tensorboard_dir)
-    assert points.keys() == wanted.keys() and ("eval_loss/held-out-texts", 2) in wanted
-    for key, value in wanted.items():
-        assert len(points[key]) == 1 and math.isclose(points[key][0], value, rel_tol=1e-5, abs_tol=1e-30), key
+    assert ("eval_loss/held-out-texts", 2) in wanted and ("train/loss", 1) in wanted
+    for tracker, points in tracked_points(world, stopped).items():
+        assert points.keys() == wanted.keys(), tracker
+        for key, value in wanted.items():
+            assert len(points[key]) == 1, (tracker, key)
+            assert math.isclose(points[key][0], value, rel_tol=1e-5, abs_tol=1e-30), (tracker, key)
+    assert stopped.read_run()["notices"] == []
 
 
 @pytest.mark.long
@@ -107,9 +139,10 @@ def test_killed_and_resumed_stops_at_the_same_step(world: World, stopped: RunDir
     assert_same_adapter(run, stopped, tolerance=1e-5)
     for key in ("exported_step", "stopped_early"):
         assert run.read_run()[key] == stopped.read_run()[key]
-    points = tensorboard_points(run.tensorboard_dir)
     wanted = {(name, row["step"]) for row in run.read_metrics() for name in figures(row)}
-    assert points.keys() == wanted and all(len(values) == 1 for values in points.values())
+    for tracker, points in tracked_points(world, run).items():
+        assert points.keys() == wanted and all(len(values) == 1 for values in points.values()), tracker
+    assert len(list(run.wandb_dir.glob("offline-run-*"))) >= 2  # one for each start of the worker
 
 
 def test_a_metric_that_is_not_evaluated_is_refused(world: World) -> None:

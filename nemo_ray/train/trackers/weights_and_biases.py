@@ -29,14 +29,20 @@ class WeightsAndBiases:
     ) -> None:
         self._tracking, self._folder, self._run_id = tracking, folder, run_id
         self._history, self._facts = history, facts
+        self._run: Any = None
 
     def open(self) -> None:
+        if self._run is None:  # else the rows below had failed
+            self._run = self._init()
+        self.log([row for row in self._history if row["step"] >= self._run.starting_step])
+
+    def _init(self) -> Any:
         import wandb
 
         tracking = self._tracking
         self._folder.mkdir(parents=True, exist_ok=True)
         mode = tracking.wandb_mode or os.environ.get("WANDB_MODE")
-        self._run = wandb.init(
+        return wandb.init(
             project=tracking.wandb_project,
             entity=tracking.wandb_entity,
             name=tracking.wandb_name or self._folder.parent.name,
@@ -47,7 +53,6 @@ class WeightsAndBiases:
             config=dict(self._facts),
             settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
         )
-        self.log([row for row in self._history if row["step"] >= self._run.starting_step])
 
     def log(self, rows: Sequence[Row]) -> None:
         for row in rows:
