@@ -53,6 +53,7 @@ class ObjectStore:
         self.stall_s = 30.0
         self._choose: Callable[[str, str], Fault | None] = lambda method, path: None
         self._lock = threading.Lock()
+        self.in_flight = 0
 
     def __enter__(self) -> "ObjectStore":
         self._process = subprocess.Popen(
@@ -119,9 +120,16 @@ class ObjectStore:
         self._choose = choose
 
     def fault(self, method: str, path: str) -> Fault | None:
-        """What is done to this request."""
+        """What is done to this request, which begins."""
         with self._lock:
+            self.in_flight += 1
             return self._choose(method, path)
+
+    def end(self, request: Request) -> None:
+        """Note a request that has ended."""
+        with self._lock:
+            self.in_flight -= 1
+            self.requests.append(request)
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[list[Request]]:
@@ -129,6 +137,9 @@ class ObjectStore:
         found: list[Request] = []
         before = len(self.requests)
         yield found
+        deadline = time.monotonic() + 5
+        while self.in_flight and time.monotonic() < deadline:  # clients go on when they have the last byte
+            time.sleep(0.002)
         found += self.requests[before:]
 
     # -- what is there, past the proxy ------------------------------------------------------------
@@ -185,7 +196,7 @@ class _Proxy(BaseHTTPRequestHandler):
         finally:
             signed = "Authorization" in self.headers
             asked = self.headers.get("Range")
-            self.store.requests.append(Request(self.command, self.path, asked, signed, fault, sent))
+            self.store.end(Request(self.command, self.path, asked, signed, fault, sent))
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _handle  # noqa: N815
 

@@ -21,11 +21,11 @@ from nemo_ray.config.schema import DataSection
 from nemo_ray.data.files import BLANK_LINE
 from nemo_ray.data.manifest import DataPlan, Window
 from nemo_ray.data.prepare import WindowTask, prepare_window, window_task
-from nemo_ray.data.shards import ShardStats, read_stats
-from nemo_ray.data.statistics import Totals
+from nemo_ray.data.shards import ShardStats
+from nemo_ray.data.statistics import Totals, existing_stats
 from nemo_ray.errors import DataError, NemoRayError
 from nemo_ray.failures import one_line
-from nemo_ray.storage import publish_bytes, publish_json
+from nemo_ray.storage import publish_bytes, publish_json, remove
 
 MAX_REJECTED_SHARE = 0.05
 """More rejected rows than this mean that the data is not what the configuration says: the run stops."""
@@ -50,7 +50,7 @@ def prepare(
     Blocks until all exist, or until `stop` is set. `num_cpus` is reserved for each task. Ray must be running.
     Raises DataError, and writes the same line to plan.failure_path for the readers.
     """
-    plan.failure_path.unlink(missing_ok=True)
+    remove(plan.failure_path)
     try:
         _prepare(
             plan,
@@ -87,15 +87,14 @@ def _prepare(
     review = _Review(plan, len(windows), progress)
     missing: list[WindowTask] = []
     by_path: dict[str, Window] = {}
-    for window in windows.values():
-        path = plan.shard_path(window)
-        if path.exists():
-            review.add(window, read_stats(path))
+    for window, stats in zip(windows.values(), existing_stats(plan, list(windows.values())), strict=True):
+        if stats is not None:
+            review.add(window, stats)
         else:
             missing.append(window_task(plan, window, data, base_model, held_out=window.key in held_out))
-            by_path[str(path)] = window
-    for path_text, stats in _run(missing, num_cpus):
-        review.add(by_path[path_text], stats)
+            by_path[plan.shard_path(window)] = window
+    for path, made in _run(missing, num_cpus):
+        review.add(by_path[path], made)
         if stop is not None and stop.is_set():
             return
     review.write_rejected()

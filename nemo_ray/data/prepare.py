@@ -4,9 +4,9 @@ A pure function of the window's rows and the settings below: where and when it r
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ def window_task(
     files = plan.sources[window.source].files
     eval_packing = data.sample_packing if data.eval_sample_packing is None else data.eval_sample_packing
     return WindowTask(
-        path=str(plan.shard_path(window)),
+        path=plan.shard_path(window),
         spans=tuple((files[span.file].path, files[span.file].format, span) for span in window.spans),
         spec=dataset_specs(data)[window.source],
         tokenizer=TokenizerSpec.of(data, base_model),
@@ -93,8 +93,18 @@ def prepare_window(task: WindowTask) -> ShardStats:
         rejected=dict(sorted(Counter(reason for _, reason, _ in rejected).items())),
         rejected_rows=tuple(rejected[:LISTED_REJECTIONS]),
     )
-    write_shard(Path(task.path), samples, rows, packs, stats)
+    write_shard(task.path, samples, rows, packs, stats)
     return stats
+
+
+def repairer(plan: DataPlan, data: DataSection, base_model: str) -> Callable[[Window], None]:
+    """What prepares a window of the plan again, in this process: for readers that find its shard damaged."""
+    held_out = {window.key for window in plan.eval_windows}
+
+    def repair(window: Window) -> None:
+        prepare_window(window_task(plan, window, data, base_model, held_out=window.key in held_out))
+
+    return repair
 
 
 def read_rows(task: WindowTask) -> list[Any]:

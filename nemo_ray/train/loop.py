@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.manifest import DataPlan
-from nemo_ray.data.reader import EvalReader, PackReader, StepPacks
+from nemo_ray.data.reader import EvalReader, PackReader, Repair, StepPacks
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.checkpoint import TrainState, save_checkpoint
 from nemo_ray.train.loss import IGNORED
@@ -40,9 +40,10 @@ class Trainer:
         run: RunDir,
         report: Report,
         state: TrainState,
+        repair: Repair,
     ) -> None:
         self.trainee, self.train, self.plan, self.run_dir, self.report = trainee, train, plan, run, report
-        self.state = state
+        self.state, self.repair = state, repair
         self.update = Update(trainee, train)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.eval_loss: float | None = None
@@ -70,6 +71,7 @@ class Trainer:
             world_size=self.world_size,
             packs_per_step=self.world_size * self._packs_per_rank(),
             cursor=self.state.cursor,
+            repair=self.repair,
         )
         finished = True
         # The first evaluation is no measure of the steps' pace.
@@ -138,7 +140,11 @@ class Trainer:
         self.write_progress("evaluating", now=True)
         trainee, size = self.trainee, self.train.micro_batch_size
         reader = EvalReader(
-            self.plan, rank=self.rank, world_size=self.world_size, packs_per_step=self.world_size * size
+            self.plan,
+            rank=self.rank,
+            world_size=self.world_size,
+            packs_per_step=self.world_size * size,
+            repair=self.repair,
         )
         total = torch.zeros(2, dtype=torch.float64, device=trainee.device)
         trainee.model.eval()

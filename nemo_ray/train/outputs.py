@@ -16,7 +16,7 @@ from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.session import JOB_CONFIG_VARIABLE
-from nemo_ray.storage import publish_json, read_json
+from nemo_ray.storage import is_url, publish_json, read_json
 
 DEFAULT_STORAGE_PATH = "~/nemo_ray"
 _PACKAGES = ("nemo_ray", "ray", "torch", "transformers", "peft", "pyarrow")
@@ -44,7 +44,7 @@ def resolve_paths(config: Config, job: bool, cwd: Path) -> Config:
     prepared = config.dataset_prepared_path
     update: dict[str, Any] = {
         "output_dir": output_dir,
-        "dataset_prepared_path": os.path.normpath(base / prepared)
+        "dataset_prepared_path": _absolute_output(prepared, base)
         if prepared is not None
         else str(RunDir(output_dir).prepared_dir),
     }
@@ -59,6 +59,10 @@ def resolve_paths(config: Config, job: bool, cwd: Path) -> Config:
         update["datasets"] = tuple(_absolute_dataset(spec, cwd) for spec in config.datasets)
         update["test_datasets"] = tuple(_absolute_dataset(spec, cwd) for spec in config.test_datasets)
     return config.model_copy(update=update)
+
+
+def _absolute_output(path: str, base: Path) -> str:
+    return path if is_url(path) else os.path.normpath(base / path)
 
 
 def _absolute(path: str, cwd: Path) -> str:

@@ -14,6 +14,7 @@ from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.statistics import data_statistics, describe
 from nemo_ray.run_dir import RunDir
+from nemo_ray.storage import exists
 from nemo_ray.targets import block_types
 from nemo_ray.train.progress import duration
 from nemo_ray.train.resources import Demand, mesh
@@ -84,7 +85,7 @@ def data_lines(plan: DataPlan) -> list[str]:
     """What became of the rows, once all are prepared; the rejected ones are counted by reason and listed."""
     statistics = data_statistics(plan)
     lines = [f"data: {line}" for line in describe(statistics)[len(plan.sources) :]]
-    if plan.rejected_path.exists() and any(statistics[part]["rejected"] for part in ("train", "held_out")):
+    if exists(plan.rejected_path) and any(statistics[part]["rejected"] for part in ("train", "held_out")):
         lines.append(f"data: rejected rows are listed in {plan.rejected_path}")
     return lines
 

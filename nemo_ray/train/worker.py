@@ -18,6 +18,7 @@ import torch.distributed as dist
 from nemo_ray import hub
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.prepare import repairer
 from nemo_ray.data.tokenizer import TOKENIZER_DEFAULT
 from nemo_ray.model.adapter import load_adapter, save_adapter
 from nemo_ray.model.decode import generate_tokens
@@ -94,7 +95,8 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
         state = load_checkpoint(folder, trainee.parameters, trainee.optimizer)
     if rank == 0:
         run.truncate_metrics(state.step)
-    trainer = Trainer(trainee, config.train, spec.plan, run, report, state)
+    repair = repairer(spec.plan, config.data, hub.reference(config))
+    trainer = Trainer(trainee, config.train, spec.plan, run, report, state, repair)
     if config.gradient_checkpointing == "auto" and device.type == "cuda":
         kept = trainer.update.keep_activations(config.sequence_len)
         if rank == 0:
