@@ -20,7 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from nemo_ray import hub, session
+from nemo_ray import hub, object_store, session
+from nemo_ray.config.checks import data_urls
 from nemo_ray.config.load import LoadedConfig
 from nemo_ray.config.schema import Config, DataSection
 from nemo_ray.data.manifest import DataPlan
@@ -176,10 +177,15 @@ class Launch:
             session.start_local(resources.local_cpus(wanted), self.environment)
             nodes = session.nodes()
         else:
-            session.connect(address, self.environment, hub.variables_to_pass_on(self.config, os.environ))
+            session.connect(address, self.environment, self._variables_to_pass_on())
             nodes = session.nodes()
             wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in nodes))
         return wanted, resources.place(wanted, nodes, self.config.ray.accelerator_type)
+
+    def _variables_to_pass_on(self) -> dict[str, str]:
+        """What processes on other nodes need to reach the hub and the object stores."""
+        stores = object_store.variables_to_pass_on(data_urls(self.config), os.environ)
+        return {**hub.variables_to_pass_on(self.config, os.environ), **stores}
 
     def _print_plan(
         self,
