@@ -71,9 +71,10 @@ def _prepare(plan: DataPlan, config: Config) -> None:
         stores = object_store.variables_to_pass_on(data_urls(config), os.environ)
         hubs = hub.variables_to_pass_on(config, os.environ)
         session.connect(address, environment, {**hubs, **stores})
-    from nemo_ray.data.pipeline import prepare  # imports Ray, which reads its environment then
+    from nemo_ray.data.pipeline import check_shared, prepare  # imports Ray, which reads its environment then
 
     try:
+        check_shared({"dataset_prepared_path": plan.directory})
         prepare(
             plan,
             config.data,

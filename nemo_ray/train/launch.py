@@ -59,6 +59,14 @@ def prepare_data(
     )
 
 
+def check_nodes(config: Config) -> None:
+    """Raises ClusterError unless all nodes see what the others write where the run writes."""
+    from nemo_ray.data.pipeline import check_shared
+
+    assert config.dataset_prepared_path is not None  # resolve_paths has filled it in
+    check_shared({"output_dir": config.output_dir, "dataset_prepared_path": config.dataset_prepared_path})
+
+
 @dataclass(frozen=True)
 class Parts:
     """The work that a launch orders; tests hand in their own."""
@@ -179,6 +187,8 @@ class Launch:
         else:
             session.connect(address, self.environment, self._variables_to_pass_on())
             nodes = session.nodes()
+            if len(nodes) > 1:
+                check_nodes(self.config)
             wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in nodes))
         return wanted, resources.place(wanted, nodes, self.config.ray.accelerator_type)
 
