@@ -6,8 +6,8 @@ can use it.
 
     Arrow file | statistics, JSON | their size and XXH3 | XXH3 of all that comes before | "NEMOSHRD"
 
-A shard is verified when it is opened, before Arrow sees it, whose readers trust their input. XXH3 reads 25
-GB/s, a hundred times what training takes.
+A shard is verified when it is opened, before Arrow sees it, whose readers trust their input. That takes 1 ms
+for 2 M tokens in memory; reading their packs takes 20.
 """
 
 import json
