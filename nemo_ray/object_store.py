@@ -1,42 +1,22 @@
-"""Object stores: their URLs, one connection for each bucket, requests that are tried again, errors of one
-line.
+"""Object stores: one connection for each bucket, requests that are tried again, errors of one line.
 
 Owns how S3, Google Cloud Storage and Azure are reached through pyarrow. What is read and written is
-storage.py's. Credentials come from the environment of the process, never from a URL.
+storage.py's, what a URL says urls.py's.
 """
 
 import os
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from pyarrow import fs
 
 from nemo_ray.errors import StorageError
-
-S3_VARIABLES = (
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_PROFILE",
-    "AWS_EC2_METADATA_DISABLED",
-)
-GCS_VARIABLES = ("GOOGLE_APPLICATION_CREDENTIALS",)
-AZURE_VARIABLES = (
-    "AZURE_STORAGE_ACCOUNT_NAME",
-    "AZURE_STORAGE_ACCOUNT_KEY",
-    "AZURE_STORAGE_SAS_TOKEN",
-)
-VARIABLES = {"s3": S3_VARIABLES, "gs": GCS_VARIABLES, "abfs": AZURE_VARIABLES}
-"""By scheme, what a process that uses it reads from its environment."""
+from nemo_ray.urls import ANONYMOUS, VARIABLES, Location, credential_variables, parse, redact
 
 CLIENT_ATTEMPTS = 3
 """That the S3 client makes of each request by itself."""
@@ -48,79 +28,7 @@ CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 20.0
 """For which a transfer may stand still."""
 
-_SCHEMES = {"s3": "s3", "gs": "gs", "gcs": "gs", "abfs": "abfs", "abfss": "abfs", "az": "abfs"}
-_ANONYMOUS = "anonymous"
-_OPTIONS = re.compile(r"\?[^/]*=")
 T = TypeVar("T")
-
-
-class Location(NamedTuple):
-    """A URL in its parts."""
-
-    scheme: str
-    container: str
-    """Bucket, or container of an Azure account."""
-    key: str
-    account: str | None
-    anonymous: bool
-
-    @property
-    def inner(self) -> str:
-        """The path within pyarrow's file system."""
-        return f"{self.container}/{self.key}" if self.key else self.container
-
-
-def redact(text: str) -> str:
-    """`text` without what stands before the @ of a URL, or after its ?."""
-    text = re.sub(r"(\w+://)[^/@\s]*:[^/@\s]*@", r"\1***@", text)
-    text = re.sub(rf"(s3|gs|gcs)://(?!{_ANONYMOUS}@)[^/@\s]+@", r"\1://***@", text)
-    return re.sub(r"(\w+://[^\s?]*)\?[^/\s]*=\S*", r"\1?***", text)
-
-
-def url_problem(url: str) -> str | None:
-    """Why a URL cannot be used, and what to give instead; None where it can. Asks no server."""
-    name, _, rest = url.partition("://")
-    authority = rest.split("/", 1)[0]
-    user, at, container = authority.rpartition("@")
-    if name not in _SCHEMES:
-        return "is not an object store's; give s3://BUCKET/..., gs://BUCKET/... or abfs://CONTAINER/..."
-    scheme = _SCHEMES[name]
-    if ":" in user or (at and scheme != "abfs" and user != _ANONYMOUS):
-        return (
-            "holds credentials, which would be written to logs and run.json; remove them from the URL and "
-            f"set {_credential_variables(scheme)}"
-        )
-    if _OPTIONS.search(rest):
-        return f"holds options after `?`; set environment variables instead ({', '.join(VARIABLES[scheme])})"
-    if not container:
-        return "names no bucket; write s3://BUCKET/KEY"
-    if scheme == "abfs" and not at and "AZURE_STORAGE_ACCOUNT_NAME" not in os.environ:
-        return (
-            "names no storage account; write abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/..., or set "
-            "AZURE_STORAGE_ACCOUNT_NAME"
-        )
-    return None
-
-
-def parse(url: str) -> Location:
-    """The parts of a URL. Raises StorageError."""
-    problem = url_problem(url)
-    if problem is not None:
-        raise StorageError(f"{redact(url)} {problem}")
-    name, _, rest = url.partition("://")
-    authority, _, key = rest.partition("/")
-    user, at, host = authority.rpartition("@")
-    if _SCHEMES[name] != "abfs":
-        return Location(_SCHEMES[name], host, key, None, anonymous=bool(at))
-    if at:
-        return Location("abfs", user, key, host.split(".")[0], anonymous=False)
-    return Location("abfs", host, key, os.environ["AZURE_STORAGE_ACCOUNT_NAME"], anonymous=False)
-
-
-def variables_to_pass_on(urls: list[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """What processes on other nodes need in their environment to reach the stores of `urls`."""
-    schemes = {parse(url).scheme for url in urls}
-    return {name: environ[name] for scheme in schemes for name in VARIABLES[scheme] if name in environ}
 
 
 # -- connections ----------------------------------------------------------------------------------
@@ -225,7 +133,7 @@ def _diagnose(text: str, location: Location) -> tuple[bool, str]:
     def says(words: tuple[str, ...]) -> bool:
         return any(word in text for word in words)
 
-    variables = _credential_variables(location.scheme)
+    variables = credential_variables(location.scheme)
     if says(_NO_BUCKET):
         return False, f"there is no bucket {location.container}; create it, or correct the URL"
     if says(_BAD_CREDENTIALS):
@@ -237,7 +145,7 @@ def _diagnose(text: str, location: Location) -> tuple[bool, str]:
         if location.scheme == "s3" and missing:
             return False, (
                 f"access denied, and no AWS_ACCESS_KEY_ID is set in this process; set {variables}, give the "
-                f"node a role, or read a public bucket as s3://{_ANONYMOUS}@{location.container}/..."
+                f"node a role, or read a public bucket as s3://{ANONYMOUS}@{location.container}/..."
             )
         return False, f"access denied; give these credentials the right to it, or set others ({variables})"
     if says(_ELSEWHERE):
@@ -254,11 +162,3 @@ def _short(text: str) -> str:
     text = re.sub(r"\s*\(Request ID: \S+\)", "", " ".join(text.split()))
     _, _, after = text.partition("AWS Error ")
     return redact(after or text)[:200].rstrip(" .:")
-
-
-def _credential_variables(scheme: str) -> str:
-    if scheme == "s3":
-        return "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    if scheme == "gs":
-        return "GOOGLE_APPLICATION_CREDENTIALS"
-    return "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"

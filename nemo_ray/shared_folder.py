@@ -8,7 +8,8 @@ import os
 import time
 from collections.abc import Sequence
 
-from nemo_ray.storage import absolute, is_url, join, list_names, publish_bytes, remove
+from nemo_ray.storage import absolute, join, list_names, publish_bytes, remove
+from nemo_ray.urls import is_url
 
 _POLL_S = 0.2
 

@@ -17,7 +17,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from pyarrow import fs
 
-from nemo_ray.object_store import attempt, connect, parse
+from nemo_ray.object_store import attempt, connect
+from nemo_ray.urls import is_url as is_url
+from nemo_ray.urls import parse
 
 _REMOTE_READ_BYTES = 4 << 20
 """Smallest read of an object store: a request costs as much time as some megabytes."""
@@ -33,11 +35,6 @@ class FileFacts(NamedTuple):
 
     size_bytes: int
     modified_ns: int
-
-
-def is_url(path: str) -> bool:
-    """Whether a path names an object store, as in `s3://bucket/key`."""
-    return "://" in path
 
 
 def join(folder: str, *names: str) -> str:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_ray import object_store, storage
+from nemo_ray import object_store, storage, urls
 from nemo_ray.errors import StorageError
 from tests.object_store import FAULTS, Fault, ObjectStore
 
@@ -247,7 +247,7 @@ def test_a_url_that_cannot_be_used_is_told_without_its_secrets(url: str) -> None
         with pytest.raises(StorageError, match=BAD_URLS[url]) as caught:
             work(url)
         assert "hidden" not in str(caught.value)
-    assert "hidden" not in object_store.redact(f"datasets.0.path: '{url}' is wrong")
+    assert "hidden" not in urls.redact(f"datasets.0.path: '{url}' is wrong")
 
 
 def test_urls_of_the_three_stores_have_the_same_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,14 +260,14 @@ def test_urls_of_the_three_stores_have_the_same_parts(monkeypatch: pytest.Monkey
         "az://c/k": ("abfs", "c", "k", "mine", False),
     }
     for url, expected in parts.items():
-        assert object_store.parse(url) == expected
+        assert urls.parse(url) == expected
         assert storage.file_system(url)[0].type_name.startswith(expected[0][:2].replace("gs", "gc"))
     environ = {"AWS_REGION": "x", "AWS_SECRET_ACCESS_KEY": "y", "GOOGLE_APPLICATION_CREDENTIALS": "z"}
-    assert object_store.variables_to_pass_on(["s3://b/x"], environ).keys() == {
+    assert urls.variables_to_pass_on(["s3://b/x"], environ).keys() == {
         "AWS_REGION",
         "AWS_SECRET_ACCESS_KEY",
     }
-    assert object_store.variables_to_pass_on([], environ) == {}
+    assert urls.variables_to_pass_on([], environ) == {}
 
 
 # -- names ----------------------------------------------------------------------------------------

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 
 from nemo_ray.config.schema import AdapterSection, Config, DatasetSpec
 from nemo_ray.config.translate import show
-from nemo_ray.object_store import redact, url_problem
-from nemo_ray.storage import is_url
+from nemo_ray.urls import is_url, redact, url_problem
 
 _SPLIT = re.compile(r"[A-Za-z_][\w.-]*(\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nemo_ray import hub, object_store, session
+from nemo_ray import hub, session, urls
 from nemo_ray.config.checks import data_urls
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config
@@ -68,7 +68,7 @@ def _prepare(plan: DataPlan, config: Config) -> None:
     if address is None:
         session.start_local(os.cpu_count() or 1, environment)
     else:
-        stores = object_store.variables_to_pass_on(data_urls(config), os.environ)
+        stores = urls.variables_to_pass_on(data_urls(config), os.environ)
         hubs = hub.variables_to_pass_on(config, os.environ)
         session.connect(address, environment, {**hubs, **stores})
     from nemo_ray.data.pipeline import check_shared, prepare  # imports Ray, which reads its environment then

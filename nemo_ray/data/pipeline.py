@@ -25,7 +25,7 @@ from nemo_ray.config.schema import DataSection
 from nemo_ray.data.files import BLANK_LINE
 from nemo_ray.data.manifest import DataPlan, Window
 from nemo_ray.data.prepare import WindowTask, prepare_window, window_task
-from nemo_ray.data.shards import ShardStats
+from nemo_ray.data.shards import DamagedShardError, ShardStats, read_stats
 from nemo_ray.data.statistics import Totals, existing_stats
 from nemo_ray.errors import ClusterError, DataError, NemoRayError
 from nemo_ray.failures import one_line
@@ -134,10 +134,18 @@ def _prepare_row(row: dict[str, Any]) -> dict[str, Any]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     task = pickle.loads(row["task"])
     try:
-        stats = prepare_window(task)
+        stats = _made_meanwhile(task.path) or prepare_window(task)
     except NemoRayError as error:
         return {"path": task.path, "stats": "", "error": pickle.dumps(error)}
     return {"path": task.path, "stats": json.dumps(asdict(stats)), "error": b""}
+
+
+def _made_meanwhile(path: str) -> ShardStats | None:
+    """What another run that prepares the same has written since this one looked."""
+    try:
+        return read_stats(path)
+    except (FileNotFoundError, DamagedShardError):
+        return None
 
 
 # -- rows that cannot be used ---------------------------------------------------------------------

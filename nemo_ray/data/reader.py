@@ -18,9 +18,10 @@ from nemo_ray.data.order import OPEN_WINDOWS, EpochOrder, shuffled_packs
 from nemo_ray.data.packing import Int64, Pack, filler_pack
 from nemo_ray.data.shard_cache import open_shard
 from nemo_ray.data.shards import DamagedShardError, Shard, read_stats
+from nemo_ray.data.statistics import existing_stats
 from nemo_ray.data.waiting import ShardWait
 from nemo_ray.errors import DataError
-from nemo_ray.storage import remove
+from nemo_ray.storage import is_url, remove
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,10 @@ class PackReader:
 
     def _catch_up(self) -> None:
         """Draw what was consumed before, reading statistics only; whole epochs are jumped over."""
+        if self._cursor < self._resume_at and is_url(self._plan.directory):  # many requests at once
+            for index, stats in enumerate(existing_stats(self._plan, self._plan.windows)):
+                if stats is not None:
+                    self._packs_of[index] = stats.packs
         while self._cursor < self._resume_at:
             epoch_packs = sum(self._packs_of.values())
             known = len(self._packs_of) == len(self._plan.windows)

@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 
 from nemo_ray.data.shards import DamagedShardError, Shard
 from nemo_ray.errors import DataError
-from nemo_ray.storage import is_url, publish_bytes, read_bytes
+from nemo_ray.storage import publish_bytes, read_bytes
+from nemo_ray.urls import is_url
 
 LIMIT_BYTES = 16 << 30
 """Of all copies; never more than half of what the disk has for them."""

@@ -8,7 +8,8 @@ from typing import Any
 from nemo_ray.data.files import BLANK_LINE
 from nemo_ray.data.manifest import DataPlan, Window, shard_name
 from nemo_ray.data.shards import DamagedShardError, ShardStats, read_stats
-from nemo_ray.storage import is_url, list_names
+from nemo_ray.storage import list_names
+from nemo_ray.urls import is_url
 
 _REQUESTS_AT_ONCE = 32
 

@@ -4,7 +4,8 @@ import time
 
 from nemo_ray.data.manifest import DataPlan, Window, shard_name
 from nemo_ray.errors import DataError
-from nemo_ray.storage import exists, is_url, list_names, read_json
+from nemo_ray.storage import exists, list_names, read_json
+from nemo_ray.urls import is_url
 
 _FIRST_POLL_S, _LONGEST_POLL_S = 0.01, 0.25
 _FIRST_REMOTE_POLL_S, _LONGEST_REMOTE_POLL_S = 0.25, 2.0

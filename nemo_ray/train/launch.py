@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from nemo_ray import hub, object_store, session
+from nemo_ray import hub, session, urls
 from nemo_ray.config.checks import data_urls
 from nemo_ray.config.load import LoadedConfig
 from nemo_ray.config.schema import Config, DataSection
@@ -194,7 +194,7 @@ class Launch:
 
     def _variables_to_pass_on(self) -> dict[str, str]:
         """What processes on other nodes need to reach the hub and the object stores."""
-        stores = object_store.variables_to_pass_on(data_urls(self.config), os.environ)
+        stores = urls.variables_to_pass_on(data_urls(self.config), os.environ)
         return {**hub.variables_to_pass_on(self.config, os.environ), **stores}
 
     def _print_plan(

@@ -16,7 +16,8 @@ from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.session import JOB_CONFIG_VARIABLE
-from nemo_ray.storage import is_url, publish_json, read_json
+from nemo_ray.storage import publish_json, read_json
+from nemo_ray.urls import is_url
 
 DEFAULT_STORAGE_PATH = "~/nemo_ray"
 _PACKAGES = ("nemo_ray", "ray", "torch", "transformers", "peft", "pyarrow")

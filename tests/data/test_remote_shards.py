@@ -1,6 +1,7 @@
 """Shards in an object store: written there, read through the node's cache, waited for; two runs at once."""
 
 import multiprocessing
+import pickle
 import tempfile
 import threading
 import time
@@ -91,6 +92,29 @@ def test_packs_over_a_store_that_fails_now_and_then_are_the_local_ones(
     assert store.objects("bucket") == {
         f"prepared/{path.name}": path.read_bytes() for path in Path(here.directory).iterdir()
     }
+
+
+def test_a_resumed_reader_goes_on_where_it_was(base: Path, store: ObjectStore, data: DataSection) -> None:
+    plan = plan_data(data, str(base), PREPARED)
+    prepare_all(plan, data, base)
+    steps = steps_of(plan)
+    assert contents(steps_of(plan, cursor=steps[5].cursor)) == contents(steps[6:])
+
+
+def test_a_task_leaves_what_another_run_has_made_meanwhile(
+    base: Path, tmp_path: Path, store: ObjectStore, data: DataSection
+) -> None:
+    from nemo_ray.data.pipeline import _prepare_row  # imports Ray
+
+    for directory in (str(tmp_path / "here"), PREPARED):
+        plan = plan_data(data, str(base), directory)
+        task = window_task(plan, plan.windows[0], data, str(base), held_out=False)
+        first = _prepare_row({"task": pickle.dumps(task)})
+        (tmp_path / "rows.jsonl").rename(tmp_path / "away")  # nothing could be prepared now
+        assert _prepare_row({"task": pickle.dumps(task)}) == first and not first["error"]
+        remove(task.path)
+        assert _prepare_row({"task": pickle.dumps(task)})["error"]
+        (tmp_path / "away").rename(tmp_path / "rows.jsonl")
 
 
 def big_shard(path: str, seed: int = 0) -> ShardStats:
