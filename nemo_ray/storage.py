@@ -4,6 +4,7 @@ Owns how things reach a shared file system or an object store. What they mean is
 store is spoken to is object_store.py's. Errors of a store are StorageError, which is an OSError.
 """
 
+import contextlib
 import fnmatch
 import glob
 import io
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -27,6 +29,7 @@ _REMOTE_READ_BYTES = 4 << 20
 _ONE_REQUEST_BYTES = 4 << 20
 """Smaller objects are written by one request, larger ones in parts."""
 
+_PARTIAL = re.compile(r"\..*\.[0-9a-f]{12}\.partial")
 _WILDCARD = re.compile(r"[*?[]")
 
 
@@ -269,6 +272,18 @@ def _put(url: str, data: bytes) -> None:
         stream.close()
 
     attempt(url, "writing", work, large=len(data) > _ONE_REQUEST_BYTES)
+
+
+def remove_partials(folder: str, older_than_s: float) -> None:
+    """Delete what killed writers of `publish_bytes` have left in a folder; a store has no such files."""
+    if is_url(folder):
+        return
+    newest = time.time() - older_than_s
+    for name in list_names(folder):
+        path = Path(folder, name)
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            if _PARTIAL.fullmatch(name) and path.stat().st_mtime < newest:
+                path.unlink()
 
 
 def publish_json(path: str | Path, value: Any) -> None:

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from nemo_ray import session
+from nemo_ray.config.load import LoadedConfig
+from nemo_ray.config.schema import Config
 from nemo_ray.errors import ClusterError
 from nemo_ray.shared_folder import missing_tokens, remove_tokens, write_token
+from nemo_ray.train.launch import Launch, Parts
 
 
 def test_tokens_of_all_nodes_are_seen_in_one_folder_and_go_away(tmp_path: Path) -> None:
@@ -29,7 +33,33 @@ def test_a_token_that_shows_late_is_waited_for(tmp_path: Path) -> None:
     assert time.monotonic() - started < 5
 
 
+def test_a_launch_on_several_nodes_asks_them_first_and_gives_them_the_stores_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nemo_ray.data import pipeline
+
+    given: list[dict[str, str]] = []
+    asked: list[dict[str, str]] = []
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    monkeypatch.setattr(session, "connect", lambda address, environment, variables: given.append(variables))
+    monkeypatch.setattr(session, "nodes", lambda: [{"CPU": 4.0}, {"CPU": 4.0}])
+    monkeypatch.setattr(pipeline, "check_shared", asked.append)
+    config = Config.model_validate(
+        {
+            "base_model": str(tmp_path),
+            "datasets": [{"path": "rows.jsonl"}],
+            "output_dir": str(tmp_path / "out"),
+            "dataset_prepared_path": "s3://bucket/prepared",
+            "ray": {"num_workers": 2},
+        }
+    )
+    Launch(LoadedConfig(config, ()), Parts())._enter_ray("head:6379")
+    assert given[0]["AWS_REGION"] == "eu-west-1"
+    assert asked == [{"output_dir": str(tmp_path / "out"), "dataset_prepared_path": "s3://bucket/prepared"}]
+
+
 @pytest.mark.e2e
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_two_nodes_without_a_shared_folder_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

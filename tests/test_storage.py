@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from nemo_ray import object_store, storage, urls
 from nemo_ray.errors import StorageError
+from nemo_ray.failures import one_line
 from tests.object_store import FAULTS, Fault, ObjectStore
 
 LARGE = os.urandom(6 << 20)
@@ -209,6 +211,12 @@ def test_errors_name_url_cause_and_remedy(store: ObjectStore, monkeypatch: pytes
     assert "http://127.0.0.1:1 (AWS_ENDPOINT_URL) cannot be reached" in line
 
 
+def test_an_error_crosses_processes_and_is_both_ours_and_the_systems() -> None:
+    error = pickle.loads(pickle.dumps(StorageError("s3://b/x: reading failed: access denied")))
+    assert str(error) == "s3://b/x: reading failed: access denied" == one_line(error)
+    assert isinstance(error, OSError) and error.exit_code == 1
+
+
 def test_a_denied_request_is_not_repeated(store: ObjectStore) -> None:
     store.fail_always("403")
     with store.recorded() as requests:
@@ -308,6 +316,19 @@ def test_patterns_of_urls(store: ObjectStore) -> None:
     with store.recorded() as requests:
         storage.glob_files("s3://bucket/data/deep/*")
     assert requests and all("prefix=data/deep/" in unquote(request.path) for request in requests)
+
+
+def test_what_killed_writers_left_is_removed_when_it_is_old(tmp_path: Path) -> None:
+    names = [".x.arrow.0123456789ab.partial", ".y.arrow.0123456789ac.partial", "z.partial", ".x.arrow"]
+    for name in names:
+        (tmp_path / name).touch()
+    for name in names[:1] + names[2:]:
+        os.utime(tmp_path / name, (0, 0))
+    storage.remove_partials(str(tmp_path), older_than_s=60)
+    assert storage.list_names(str(tmp_path)) == set(names[1:])
+    storage.remove_partials(str(tmp_path / "none"), older_than_s=60)
+    storage.publish_bytes(tmp_path / "new", b"x")  # its name for the time of writing is one of those
+    assert storage._PARTIAL.fullmatch(storage._aside(tmp_path / "new").name)
 
 
 def test_paths_stay_paths(tmp_path: Path) -> None:

@@ -30,10 +30,13 @@ from nemo_ray.data.statistics import Totals, existing_stats
 from nemo_ray.errors import ClusterError, DataError, NemoRayError
 from nemo_ray.failures import one_line
 from nemo_ray.shared_folder import missing_tokens, not_shared, remove_tokens, write_token
-from nemo_ray.storage import publish_bytes, publish_json, remove
+from nemo_ray.storage import publish_bytes, publish_json, remove, remove_partials
 
 MAX_REJECTED_SHARE = 0.05
 """More rejected rows than this mean that the data is not what the configuration says: the run stops."""
+
+_ABANDONED_AFTER_S = 3600.0
+"""A shard is written in seconds: a partial file of this age has no writer any more."""
 
 Progress = Callable[[int, int], None]
 """Told (windows ready, windows in all) after each window."""
@@ -56,6 +59,7 @@ def prepare(
     Raises DataError, and writes the same line to plan.failure_path for the readers.
     """
     remove(plan.failure_path)
+    remove_partials(plan.directory, _ABANDONED_AFTER_S)
     try:
         _prepare(
             plan,
@@ -70,7 +74,8 @@ def prepare(
         line = one_line(error)
         if not isinstance(error, NemoRayError):
             line = f"preparing the data failed: {line}"
-        publish_json(plan.failure_path, {"error": line})
+        with contextlib.suppress(OSError):  # the directory may be what failed
+            publish_json(plan.failure_path, {"error": line})
         if isinstance(error, NemoRayError):
             raise
         raise DataError(line) from error

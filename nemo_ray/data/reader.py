@@ -5,6 +5,7 @@ workers. A shard that is not there yet is waited for. The order itself is order.
 """
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class _Shards:
     def __init__(self, plan: DataPlan, timeout_s: float, repair: Repair | None) -> None:
         self._plan = plan
         self._repair = repair
+        self._fetched_s = 0.0
         self._waiting = ShardWait(plan, timeout_s)
         self._shards: OrderedDict[tuple[int, str], tuple[Shard, Int64, Int64]] = OrderedDict()
 
@@ -70,6 +72,7 @@ class _Shards:
     def _whole(self, window: Window, read: Callable[[str], T]) -> T:
         """Wait for the shard and read it; a damaged one is prepared again, once, and read again."""
         path = self._waiting.wait_for(window)
+        started = time.monotonic()
         try:
             return read(path)
         except DamagedShardError as error:
@@ -79,10 +82,14 @@ class _Shards:
             logging.getLogger(__name__).warning("%s", error)
             self._repair(window)
             return read(path)
+        finally:
+            if is_url(path):
+                self._fetched_s += time.monotonic() - started
 
     def waited_s(self) -> float:
-        """Seconds waited since this was last asked."""
-        return self._waiting.take_waited_s()
+        """Seconds waited since this was last asked, for shards to be written and for an object store."""
+        fetched, self._fetched_s = self._fetched_s, 0.0
+        return self._waiting.take_waited_s() + fetched
 
     def sample_rows(self, read: _Read) -> Int64:
         """(num_docs,) row numbers in the source."""

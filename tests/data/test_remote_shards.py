@@ -214,7 +214,7 @@ def test_waiting_asks_seldom_and_goes_on(base: Path, store: ObjectStore, data: D
     steps = steps_of(plan)
     writer.join()
     looked = [r for r in store.requests if r.method == "HEAD" and "failed-" in r.path]
-    assert len(steps) > 10 and steps[0].wait_s > 1 and steps[-1].wait_s == 0
+    assert len(steps) > 10 and steps[0].wait_s > 1 > steps[-1].wait_s
     assert 3 <= len(looked) <= 12
 
 
