@@ -24,6 +24,10 @@ class DataError(NemoRayError):
     """A dataset, or a row of it, cannot be used."""
 
 
+class StorageError(NemoRayError, OSError):
+    """An object store refuses a request, or cannot be reached: the line names the URL and the remedy."""
+
+
 class CheckpointError(NemoRayError):
     """A base model, adapter or training checkpoint cannot be read or written."""
 

@@ -1,20 +1,36 @@
 """Files by path or URL: reading them wherever they lie, and atomic writes, whole or not at all.
 
-Owns how things reach a shared file system or an object store. What they mean is the callers' business.
+Owns how things reach a shared file system or an object store. What they mean is the callers' business; how a
+store is spoken to is object_store.py's. Errors of a store are StorageError, which is an OSError.
 """
 
+import contextlib
+import fnmatch
+import glob
 import io
 import json
 import os
+import re
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from pyarrow import fs
 
+from nemo_ray.object_store import attempt, connect
+from nemo_ray.urls import is_url as is_url
+from nemo_ray.urls import parse
+
 _REMOTE_READ_BYTES = 4 << 20
 """Smallest read of an object store: a request costs as much time as some megabytes."""
+
+_ONE_REQUEST_BYTES = 4 << 20
+"""Smaller objects are written by one request, larger ones in parts."""
+
+_PARTIAL = re.compile(r"\..*\.[0-9a-f]{12}\.partial")
+_WILDCARD = re.compile(r"[*?[]")
 
 
 class FileFacts(NamedTuple):
@@ -24,45 +40,200 @@ class FileFacts(NamedTuple):
     modified_ns: int
 
 
-def is_url(path: str) -> bool:
-    """Whether a path names an object store, as in `s3://bucket/key`."""
-    return "://" in path
+def join(folder: str, *names: str) -> str:
+    """The path or URL of a name in a folder."""
+    return "/".join([folder.rstrip("/"), *names]) if is_url(folder) else os.path.join(folder, *names)
+
+
+def absolute(path: str) -> str:
+    """A path that holds in every folder; a URL as it is."""
+    return path if is_url(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def file_system(path: str) -> tuple[fs.FileSystem, str]:
-    """pyarrow's file system of a path or URL, and the path within it."""
+    """pyarrow's file system of a path or URL, and the path within it. Raises StorageError."""
     if is_url(path):
-        system, inner = fs.FileSystem.from_uri(path)
-        return system, inner
-    return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path))
+        location = parse(path)
+        return connect(location), location.inner
+    return fs.LocalFileSystem(), absolute(path)
+
+
+# -- reading --------------------------------------------------------------------------------------
 
 
 def open_input(path: str) -> BinaryIO:
     """Open a file for reading, from any place in it. Raises OSError."""
     if not is_url(path):
         return open(path, "rb")
-    system, inner = file_system(path)
-    return cast(BinaryIO, io.BufferedReader(system.open_input_file(inner), _REMOTE_READ_BYTES))
+    return cast(BinaryIO, io.BufferedReader(_RemoteFile(path), _REMOTE_READ_BYTES))
+
+
+class _RemoteFile(io.RawIOBase):
+    """An object, read by ranges; each range is asked for again where a request failed."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._position = 0
+        self._file: Any = None
+        self._size: int = attempt(url, "opening", lambda system, path: self._open(system, path).size())
+
+    def _open(self, system: fs.FileSystem, path: str) -> Any:
+        if self._file is None:
+            self._file = system.open_input_file(path)
+        return self._file
+
+    def _read_at(self, count: int) -> bytes:
+        def work(system: fs.FileSystem, path: str) -> bytes:
+            try:
+                data = bytes(self._open(system, path).read_at(count, self._position))
+            except OSError:
+                self._file = None
+                raise
+            if len(data) < count:
+                self._file = None
+                raise OSError(f"{len(data)} bytes came instead of {count}")
+            return data
+
+        return attempt(self._url, "reading", work)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readall(self) -> bytes:
+        """In one request, where the default makes one for every 8 KiB."""
+        count = max(0, self._size - self._position)
+        data = self._read_at(count) if count else b""
+        self._position += count
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._size - self._position))
+        if count:
+            buffer[:count] = self._read_at(count)
+            self._position += count
+        return count
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A file's content. Raises OSError."""
+    path = str(path)
+    if not is_url(path):
+        return Path(path).read_bytes()
+
+    def work(system: fs.FileSystem, inner: str) -> bytes:
+        with system.open_input_file(inner) as file:
+            data = bytes(file.read())
+            if len(data) < file.size():
+                raise OSError(f"{len(data)} bytes came instead of {file.size()}")
+            return data
+
+    return attempt(path, "reading", work)
+
+
+def read_json(path: str | Path) -> Any:
+    """Read one JSON file; raises FileNotFoundError or json.JSONDecodeError."""
+    return json.loads(read_bytes(path))
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file. One request where it is an object. Raises OSError."""
+    if not is_url(path):
+        return os.path.exists(path)
+    try:
+        attempt(path, "looking it up", lambda system, inner: system.open_input_file(inner).close())
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def file_facts(path: str) -> FileFacts | None:
     """Size and time of change; None where there is no such file. Raises OSError."""
-    system, inner = file_system(path)
-    info = system.get_file_info(inner)
+    if is_url(path):
+        info = attempt(path, "looking it up", lambda system, inner: system.get_file_info(inner))
+    else:
+        system, inner = file_system(path)
+        info = system.get_file_info(inner)
     if info.type != fs.FileType.File:
         return None
     return FileFacts(info.size, info.mtime_ns)
 
 
+# -- listing --------------------------------------------------------------------------------------
+
+
 def list_files(folder: str) -> list[str]:
     """Paths (or URLs) of all files below a folder, sorted; [] where there is no such folder."""
-    system, inner = file_system(folder)
-    selector = fs.FileSelector(inner, allow_not_found=True, recursive=True)
-    found = [info.path for info in system.get_file_info(selector) if info.type == fs.FileType.File]
+    return sorted(_list(folder, recursive=True))
+
+
+def list_names(folder: str) -> set[str]:
+    """Names of the files in a folder, not in those below it; none where there is no such folder."""
     if is_url(folder):
-        scheme = folder.split("://", 1)[0]
-        found = [f"{scheme}://{path}" for path in found]
-    return sorted(found)
+        return {path.rsplit("/", 1)[1] for path in _list(folder, recursive=False)}
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+
+
+def _list(folder: str, recursive: bool) -> list[str]:
+    def work(system: fs.FileSystem, inner: str) -> list[str]:
+        selector = fs.FileSelector(inner.rstrip("/"), allow_not_found=False, recursive=recursive)
+        found = system.get_file_info(selector)
+        return [info.path for info in found if info.type == fs.FileType.File]
+
+    try:
+        if not is_url(folder):
+            return work(*file_system(folder))
+        found = attempt(folder, "listing", work)
+    except FileNotFoundError:
+        return []
+    # What stands before the container, or names the account after it, is not in pyarrow's paths.
+    location = parse(folder)
+    start = folder[: len(folder) - len(location.key)].rstrip("/")
+    return [f"{start}/{path[len(location.container) + 1 :]}" for path in found]
+
+
+def has_wildcard(path: str) -> bool:
+    """Whether a path is a pattern: it has *, ? or [."""
+    return _WILDCARD.search(path) is not None
+
+
+def glob_files(pattern: str) -> list[str]:
+    """Files (paths or URLs) that match, sorted. As in a shell `*` stays within a folder, `**` does not, and
+    neither matches hidden names. Raises OSError."""
+    if not is_url(pattern):
+        return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    wildcard = _WILDCARD.search(pattern)
+    if wildcard is None:
+        return [pattern] if exists(pattern) else []
+    folder = pattern[: wildcard.start()].rpartition("/")[0]
+    patterns = pattern[len(folder) + 1 :].split("/")
+    return [path for path in list_files(folder) if _matches(path[len(folder) + 1 :].split("/"), patterns)]
+
+
+def _matches(names: list[str], patterns: list[str]) -> bool:
+    """Whether a path's names match a pattern's."""
+    if not names or not patterns:
+        return not names and not patterns
+    if patterns[0] != "**":
+        hidden = names[0].startswith(".") and not patterns[0].startswith(".")
+        return not hidden and fnmatch.fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
+    if len(patterns) == 1:
+        return not any(name.startswith(".") for name in names)
+    return _matches(names, patterns[1:]) or (not names[0].startswith(".") and _matches(names[1:], patterns))
+
+
+# -- writing --------------------------------------------------------------------------------------
 
 
 def _aside(path: Path) -> Path:
@@ -71,7 +242,14 @@ def _aside(path: Path) -> Path:
 
 
 def publish_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`, replacing what was there, so that no reader ever sees a part of it."""
+    """Write `data` to `path`, replacing what was there, so that no reader ever sees a part of it.
+
+    An object appears when its last request succeeds: it needs no other name to be written under. Raises
+    OSError.
+    """
+    if is_url(str(path)):
+        _put(str(path), data)
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _aside(path)
@@ -86,14 +264,45 @@ def publish_bytes(path: str | Path, data: bytes) -> None:
         raise
 
 
+def _put(url: str, data: bytes) -> None:
+    def work(system: fs.FileSystem, inner: str) -> None:
+        # No `with`: at an error it would close the stream, which publishes what was written so far.
+        stream = system.open_output_stream(inner)
+        stream.write(data)
+        stream.close()
+
+    attempt(url, "writing", work, large=len(data) > _ONE_REQUEST_BYTES)
+
+
+def remove_partials(folder: str, older_than_s: float) -> None:
+    """Delete what killed writers of `publish_bytes` have left in a folder; a store has no such files."""
+    if is_url(folder):
+        return
+    newest = time.time() - older_than_s
+    for name in list_names(folder):
+        path = Path(folder, name)
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            if _PARTIAL.fullmatch(name) and path.stat().st_mtime < newest:
+                path.unlink()
+
+
 def publish_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     publish_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_json(path: str | Path) -> Any:
-    """Read one JSON file; raises FileNotFoundError or json.JSONDecodeError."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def remove(path: str) -> None:
+    """Delete a file, if it is there. Raises OSError."""
+    if not is_url(path):
+        Path(path).unlink(missing_ok=True)
+        return
+    try:
+        attempt(path, "deleting", lambda system, inner: system.delete_file(inner))
+    except FileNotFoundError:
+        return
+
+
+# -- folders, on file systems only ----------------------------------------------------------------
 
 
 def publish_folder(partial: str | Path, path: str | Path) -> None:

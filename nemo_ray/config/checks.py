@@ -18,6 +18,7 @@ from nemo_ray.config.evaluation_checks import (
 )
 from nemo_ray.config.schema import AdapterSection, Config, DatasetSpec
 from nemo_ray.config.translate import show
+from nemo_ray.urls import is_url, redact, url_problem
 
 _SPLIT = re.compile(r"[A-Za-z_][\w.-]*(\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -173,9 +174,13 @@ def support_errors(config: Config) -> list[str]:
 def _unsupported(config: Config) -> Iterator[str]:
     later = "is not supported yet in this version"
     for key, value in _paths(config):
-        if "://" in value:
+        if is_url(value):
             instead = "a path that every node sees" + (" or a hub id" if key == "base_model" else "")
-            yield f"{key}: {show(value)} {later}, since it is a URL; give {instead}"
+            yield f"{key}: {show(redact(value))} {later}, since it is a URL; give {instead}"
+    for key, value in _data_paths(config):
+        problem = url_problem(value) if is_url(value) else None
+        if problem is not None:
+            yield f"{key}: {show(redact(value))} {problem}"
     for key, spec in _specs(config):
         if spec.name is not None:
             yield f"{key}.name: {show(spec.name)} {later}, since hub datasets are not downloaded; remove it"
@@ -192,17 +197,27 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
     yield "output_dir", config.output_dir
     optional = {
         "lora_model_dir": config.lora_model_dir if config.adapter else None,
-        "dataset_prepared_path": config.dataset_prepared_path,
         "resume_from_checkpoint": config.resume_from_checkpoint,
         "ray.storage_path": config.ray.storage_path,
     }
     for key, value in optional.items():
         if value is not None:
             yield key, value
+
+
+def _data_paths(config: Config) -> Iterator[tuple[str, str]]:
+    """Those that may be URLs."""
+    if config.dataset_prepared_path is not None:
+        yield "dataset_prepared_path", config.dataset_prepared_path
     for key, spec in _specs(config):
         yield f"{key}.path", spec.path
         for file in spec.data_files:
             yield f"{key}.data_files", file
+
+
+def data_urls(config: Config) -> list[str]:
+    """The URLs from which data is read and where shards are written."""
+    return [value for _, value in _data_paths(config) if is_url(value)]
 
 
 def path_errors(config: Config) -> list[str]:
@@ -264,6 +279,8 @@ def model_folder_errors(folder: str, name: str) -> list[str]:
 
 
 def _dataset_errors(key: str, spec: DatasetSpec) -> list[str]:
+    if is_url(spec.path):
+        return []  # whether it is there shows when its files are listed
     if not os.path.exists(spec.path):
         if _may_be_on_the_hub(spec.path):
             return [
@@ -281,5 +298,5 @@ def _dataset_errors(key: str, spec: DatasetSpec) -> list[str]:
     return [
         f"{key}.data_files: {show(name)} is not in {show(spec.path)}; name files of that folder"
         for name in spec.data_files
-        if not glob.glob(os.path.join(spec.path, name))
+        if not is_url(name) and not glob.glob(os.path.join(spec.path, name))
     ]

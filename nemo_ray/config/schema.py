@@ -272,7 +272,8 @@ class DataSection(Section):
     )
     dataset_prepared_path: PathText | None = Field(
         None,
-        description="Where prepared shards are kept, to be reused by later runs.",
+        description="Where prepared shards are kept, to be reused by later runs: a path that all nodes see, "
+        "or the URL of an object store (`s3://`, `gs://`, `abfs://`).",
         json_schema_extra={"default_text": "output_dir/prepared"},
     )
     sequence_len: PositiveInt = Field(

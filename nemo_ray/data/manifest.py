@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from nemo_ray.data.window_list import Span as Span
 from nemo_ray.data.window_list import Window as Window
 from nemo_ray.data.window_list import WindowList as WindowList
+from nemo_ray.storage import join
 
 FORMAT_VERSION = 2
 """Part of every window's key: raised whenever the same inputs would give another shard."""
@@ -70,19 +70,19 @@ class DataPlan:
         """Rows of one training epoch, whether or not they survive preparation."""
         return int(self.windows.num_rows.sum())
 
-    def shard_path(self, window: Window) -> Path:
-        """Where the shard of this window is, or will be."""
-        return Path(self.directory) / f"{window.key}.arrow"
+    def shard_path(self, window: Window) -> str:
+        """Path or URL where the shard of this window is, or will be."""
+        return join(self.directory, shard_name(window))
 
     @property
-    def failure_path(self) -> Path:
+    def failure_path(self) -> str:
         """Written by a pipeline that stopped; readers that wait for a shard poll it."""
-        return Path(self.directory) / f"failed-{self.fingerprint}.json"
+        return join(self.directory, f"failed-{self.fingerprint}.json")
 
     @property
-    def rejected_path(self) -> Path:
+    def rejected_path(self) -> str:
         """The rows that were rejected, one JSON object a line."""
-        return Path(self.directory) / f"rejected-{self.fingerprint}.jsonl"
+        return join(self.directory, f"rejected-{self.fingerprint}.jsonl")
 
     def locate(self, window: Window, index: int) -> tuple[str, int]:
         """(file, row in that file) of the window's row number `index`."""
@@ -120,6 +120,11 @@ class DataPlan:
                 "notices": tuple(value["notices"]),
             }
         )
+
+
+def shard_name(window: Window) -> str:
+    """Name of the window's shard in the prepared directory."""
+    return f"{window.key}.arrow"
 
 
 def _source_from_json(value: dict[str, Any]) -> SourceInfo:

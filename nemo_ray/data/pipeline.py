@@ -23,10 +23,13 @@ from nemo_ray.config.schema import DataSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.prepare import WindowTask, prepare_window, window_task
 from nemo_ray.data.review import Progress, Review, missing_windows, not_writable, require_writable, survey
-from nemo_ray.data.shards import ShardStats
+from nemo_ray.data.shards import DamagedShardError, ShardStats, read_stats
 from nemo_ray.errors import DataError, NemoRayError
 from nemo_ray.failures import one_line
-from nemo_ray.storage import publish_json
+from nemo_ray.storage import publish_json, remove, remove_partials
+
+_ABANDONED_AFTER_S = 3600.0
+"""A shard is written in seconds: a partial file of this age has no writer any more."""
 
 
 def prepare(
@@ -48,7 +51,8 @@ def prepare(
     Raises DataError, and writes the same line to plan.failure_path for the readers.
     """
     stop = stop or threading.Event()
-    plan.failure_path.unlink(missing_ok=True)
+    remove(plan.failure_path)
+    remove_partials(plan.directory, _ABANDONED_AFTER_S)
     try:
         found = survey(plan, order)
         missing = missing_windows(found)
@@ -110,9 +114,17 @@ def _prepare_row(row: dict[str, Any]) -> dict[str, Any]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     task = pickle.loads(row["task"])
     try:
-        stats = prepare_window(task)
+        stats = _made_meanwhile(task.path) or prepare_window(task)
     except NemoRayError as error:
         return {"path": task.path, "stats": "", "error": pickle.dumps(error)}
     except OSError as error:  # what fails to be read is told of by prepare_window
         return {"path": task.path, "stats": "", "error": pickle.dumps(not_writable(task.path, error))}
     return {"path": task.path, "stats": json.dumps(asdict(stats)), "error": b""}
+
+
+def _made_meanwhile(path: str) -> ShardStats | None:
+    """What another run that prepares the same has written since this one looked."""
+    try:
+        return read_stats(path)
+    except (FileNotFoundError, DamagedShardError):
+        return None

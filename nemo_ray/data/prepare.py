@@ -4,10 +4,9 @@ A pure function of the window's rows and the settings below: where and when it r
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,7 +54,7 @@ def window_task(
     spec = dataset_specs(data)[window.source]
     eval_packing = data.sample_packing if data.eval_sample_packing is None else data.eval_sample_packing
     return WindowTask(
-        path=str(plan.shard_path(window)),
+        path=plan.shard_path(window),
         spans=tuple((files[span.file].path, files[span.file].format, span) for span in window.spans),
         spec=spec,
         tokenizer=TokenizerSpec.of(data, base_model).for_dataset(spec),
@@ -70,7 +69,7 @@ def prepare_window(task: WindowTask) -> ShardStats:
     """Write the window's shard and return its statistics. Raises DataError or ConfigError."""
     results = encode_rows(read_rows(task), task.spec, task.tokenizer, task.train_on_inputs)
     packed = pack_rows(results, task)
-    write_shard(Path(task.path), packed.samples, packed.rows, packed.packs, packed.stats)
+    write_shard(task.path, packed.samples, packed.rows, packed.packs, packed.stats)
     return packed.stats
 
 
@@ -119,6 +118,16 @@ def pack_rows(results: Sequence[list[Sample] | RowError], task: WindowTask) -> P
         histograms=shard_histograms(whole, documents, packs, task.sequence_len),
     )
     return PackedRows(samples, rows, packs, stats)
+
+
+def repairer(plan: DataPlan, data: DataSection, base_model: str) -> Callable[[Window], None]:
+    """What prepares a window of the plan again, in this process: for readers that find its shard damaged."""
+    held_out = {window.key for window in plan.eval_windows}
+
+    def repair(window: Window) -> None:
+        prepare_window(window_task(plan, window, data, base_model, held_out=window.key in held_out))
+
+    return repair
 
 
 def read_rows(task: WindowTask) -> list[Any]:

@@ -14,7 +14,8 @@ from types import FrameType
 
 from rich.console import Console
 
-from nemo_ray import hub, session
+from nemo_ray import hub, session, urls
+from nemo_ray.config.checks import data_urls
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.order import window_order
@@ -97,7 +98,7 @@ def prepare_missing(
     require_writable(plan)
     with PrepareDisplay(console) as display:
         display.draw()
-        with _ray(config, interrupts):
+        with _ray(config, plan.directory, interrupts):
             pipeline = _Pipeline(plan, config, display)
             try:
                 while not pipeline.wait(_REPAINT_S):
@@ -145,7 +146,7 @@ class _Pipeline:
 
 
 @contextmanager
-def _ray(config: Config, interrupts: Interrupts) -> Iterator[None]:
+def _ray(config: Config, directory: str, interrupts: Interrupts) -> Iterator[None]:
     """A Ray of our own, or the cluster that the configuration names."""
     environment = session.Environment()
     try:
@@ -154,7 +155,12 @@ def _ray(config: Config, interrupts: Interrupts) -> Iterator[None]:
             if address is None:
                 session.start_local(os.cpu_count() or 1, environment)
             else:
-                session.connect(address, environment, hub.variables_to_pass_on(config, os.environ))
+                stores = urls.variables_to_pass_on(data_urls(config), os.environ)
+                hubs = hub.variables_to_pass_on(config, os.environ)
+                session.connect(address, environment, {**hubs, **stores})
+                from nemo_ray.data.nodes import check_shared  # imports Ray
+
+                check_shared({"dataset_prepared_path": directory})
         yield
     finally:
         session.shutdown()

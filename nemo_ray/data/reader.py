@@ -4,20 +4,25 @@ Position i of a step goes to rank i % world_size, so what a step trains on does 
 workers. A shard that is not there yet is waited for. The order itself is order.py's.
 """
 
+import logging
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from nemo_ray.data.manifest import DataPlan, Window
 from nemo_ray.data.order import OPEN_WINDOWS, EpochOrder
 from nemo_ray.data.packing import Int64, Pack, filler_pack
-from nemo_ray.data.shards import Shard, read_stats
+from nemo_ray.data.shard_cache import open_shard
+from nemo_ray.data.shards import DamagedShardError, Shard, read_stats
 from nemo_ray.data.waiting import ShardWait
 from nemo_ray.errors import DataError
+from nemo_ray.storage import remove
+from nemo_ray.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -46,21 +51,47 @@ class _Read(NamedTuple):
     pack: int
 
 
+Repair = Callable[[Window], None]
+"""Prepares a window again: what a reader does with a damaged shard. See prepare.repairer."""
+
+T = TypeVar("T")
+
+
 class _Shards:
     """Open shards of a plan, a few at a time."""
 
-    def __init__(self, plan: DataPlan, timeout_s: float) -> None:
+    def __init__(self, plan: DataPlan, timeout_s: float, repair: Repair | None) -> None:
         self._plan = plan
+        self._repair = repair
+        self._fetched_s = 0.0
         self._waiting = ShardWait(plan, timeout_s)
         self._shards: OrderedDict[tuple[int, str], tuple[Shard, Int64, Int64]] = OrderedDict()
 
     def num_packs(self, window: Window) -> int:
         """From the shard's statistics alone; waits for the shard."""
-        return read_stats(self._waiting.wait_for(window)).packs
+        return self._whole(window, read_stats).packs
+
+    def _whole(self, window: Window, read: Callable[[str], T]) -> T:
+        """Wait for the shard and read it; a damaged one is prepared again, once, and read again."""
+        path = self._waiting.wait_for(window)
+        started = time.monotonic()
+        try:
+            return read(path)
+        except DamagedShardError as error:
+            if self._repair is None:
+                remove(path)  # or the next start would find it as it is
+                raise
+            logging.getLogger(__name__).warning("%s", error)
+            self._repair(window)
+            return read(path)
+        finally:
+            if is_url(path):
+                self._fetched_s += time.monotonic() - started
 
     def waited_s(self) -> float:
-        """Seconds waited since this was last asked."""
-        return self._waiting.take_waited_s()
+        """Seconds waited since this was last asked, for shards to be written and for an object store."""
+        fetched, self._fetched_s = self._fetched_s, 0.0
+        return self._waiting.take_waited_s() + fetched
 
     def read(self, read: _Read) -> Pack:
         """The pack, padded to sequence_len."""
@@ -79,7 +110,7 @@ class _Shards:
             spans = window.source_rows(self._plan.sources[window.source])
             sizes = np.array([size for _, size in spans], dtype=np.int64)
             first_rows = np.array([first for first, _ in spans], dtype=np.int64)
-            entry = (Shard(self._waiting.wait_for(window)), np.cumsum(sizes) - sizes, first_rows)
+            entry = (self._whole(window, open_shard), np.cumsum(sizes) - sizes, first_rows)
             self._shards[name] = entry
             if len(self._shards) > 2 * OPEN_WINDOWS + len(self._plan.sources):
                 self._shards.popitem(last=False)
@@ -91,11 +122,17 @@ class _Ranks:
     """Splits steps over ranks: shared by both readers."""
 
     def __init__(
-        self, plan: DataPlan, rank: int, world_size: int, packs_per_step: int, timeout_s: float
+        self,
+        plan: DataPlan,
+        rank: int,
+        world_size: int,
+        packs_per_step: int,
+        timeout_s: float,
+        repair: Repair | None,
     ) -> None:
         assert 0 <= rank < world_size and packs_per_step > 0 and packs_per_step % world_size == 0
         self.plan = plan
-        self.shards = _Shards(plan, timeout_s)
+        self.shards = _Shards(plan, timeout_s, repair)
         self.packs_per_step = packs_per_step
         self._rank, self._world_size = rank, world_size
 
@@ -119,8 +156,8 @@ class PackReader:
     """The training packs of one rank, from the beginning or from `place` on (StepPacks.place).
 
     `packs_per_step` is global: world_size * micro_batch_size * gradient_accumulation_steps. `num_epochs`
-    may be fractional, or math.inf. Reads raise DataError when preparation failed, or gave no new shard for
-    `timeout_s`.
+    may be fractional, or math.inf. Reads raise DataError when preparation failed, gave no new shard for
+    `timeout_s`, or left a damaged shard and there is no `repair`.
     """
 
     def __init__(
@@ -134,8 +171,9 @@ class PackReader:
         packs_per_step: int,
         place: Mapping[str, Any] | None = None,
         timeout_s: float = 1800.0,
+        repair: Repair | None = None,
     ) -> None:
-        self._ranks = _Ranks(plan, rank, world_size, packs_per_step, timeout_s)
+        self._ranks = _Ranks(plan, rank, world_size, packs_per_step, timeout_s, repair)
         self._plan = plan
         self._seed = seed
         self._num_epochs = num_epochs
@@ -189,9 +227,16 @@ class EvalReader:
     """The held-out packs of one rank, in fixed order. Build one for each evaluation."""
 
     def __init__(
-        self, plan: DataPlan, *, rank: int, world_size: int, packs_per_step: int, timeout_s: float = 1800.0
+        self,
+        plan: DataPlan,
+        *,
+        rank: int,
+        world_size: int,
+        packs_per_step: int,
+        timeout_s: float = 1800.0,
+        repair: Repair | None = None,
     ) -> None:
-        self._ranks = _Ranks(plan, rank, world_size, packs_per_step, timeout_s)
+        self._ranks = _Ranks(plan, rank, world_size, packs_per_step, timeout_s, repair)
         self._plan = plan
         self._cursor = 0
         self._reads = self._all()

@@ -16,7 +16,8 @@ from nemo_ray.data.manifest import DataPlan, Window
 from nemo_ray.data.shards import ShardStats
 from nemo_ray.data.statistics import Totals, existing_stats
 from nemo_ray.errors import DataError
-from nemo_ray.storage import is_url, publish_bytes
+from nemo_ray.storage import publish_bytes, remove
+from nemo_ray.urls import is_url
 from nemo_ray.visible import visible
 
 EARLY_ROWS = 2_000
@@ -152,12 +153,12 @@ class Review:
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
         # Shards that were there before may lie where nothing can be written, and were listed then.
         places = [self._plan.rejected_path] if self._new_windows else []
-        for path in [*places, *([self._listing] if self._listing is not None else [])]:
+        for path in [*places, *([str(self._listing)] if self._listing is not None else [])]:
             try:
                 if entries:
                     publish_bytes(path, text.encode("utf-8", "backslashreplace"))
                 else:
-                    path.unlink(missing_ok=True)
+                    remove(path)
             except OSError as error:
                 raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
 

@@ -13,7 +13,6 @@ another file's growth moves them:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -40,6 +39,7 @@ from nemo_ray.data.template import RowError
 from nemo_ray.data.tokenizer import LoadedTokenizer, TokenizerSpec, load_tokenizer
 from nemo_ray.data.windows import Block, Ranges, count_rows, eval_blocks, train_blocks, without
 from nemo_ray.errors import ConfigError, DataError
+from nemo_ray.storage import absolute
 
 PACKS_PER_WINDOW = 256
 _PROBED_ROWS = 256
@@ -100,7 +100,7 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
         )
     keys = [[window.key for window in windows], [window.key for window in eval_windows]]
     return DataPlan(
-        directory=str(Path(directory).expanduser().absolute()),
+        directory=absolute(directory),
         fingerprint=digest(FORMAT_VERSION, keys, loaded.pad_id),
         sequence_len=data.sequence_len,
         windows=WindowList(windows),

@@ -2,16 +2,21 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nemo_ray.data import histograms
 from nemo_ray.data.files import BLANK_LINE
 from nemo_ray.data.histograms import Histograms
-from nemo_ray.data.manifest import DataPlan, Window, WindowList
-from nemo_ray.data.shards import ShardStats, read_stats
+from nemo_ray.data.manifest import DataPlan, Window, WindowList, shard_name
+from nemo_ray.data.shards import DamagedShardError, ShardStats, read_stats
+from nemo_ray.storage import list_names
+from nemo_ray.urls import is_url
 from nemo_ray.visible import visible
 
 _EXAMPLES_OF_A_REASON = 3
+
+_REQUESTS_AT_ONCE = 32
 
 
 class Totals:
@@ -73,14 +78,30 @@ def sum_of(parts: Iterable[ShardStats | Totals]) -> Totals:
 
 def sum_shards(plan: DataPlan, windows: Iterable[Window]) -> Totals:
     """The sum over those windows whose shards exist."""
-    return sum_of(stats for stats in existing_stats(plan, list(windows)) if stats is not None)
+    totals = Totals()
+    for stats in existing_stats(plan, list(windows)):
+        if stats is not None:
+            totals.add(stats)
+    return totals
 
 
 def existing_stats(plan: DataPlan, windows: Sequence[Window]) -> Iterator[ShardStats | None]:
-    """The statistics of each window's shard; None where there is none."""
-    for window in windows:
-        path = plan.shard_path(window)
-        yield read_stats(path) if path.exists() else None
+    """The statistics of each window's shard; None where there is none, or where it is visibly damaged."""
+    present = list_names(plan.directory) if windows else set()
+
+    def stats(window: Window) -> ShardStats | None:
+        if shard_name(window) not in present:
+            return None
+        try:
+            return read_stats(plan.shard_path(window))
+        except (FileNotFoundError, DamagedShardError):
+            return None
+
+    if not is_url(plan.directory):
+        yield from map(stats, windows)
+        return
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        yield from pool.map(stats, windows)
 
 
 def data_statistics(plan: DataPlan) -> dict[str, Any]:

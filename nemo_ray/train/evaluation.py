@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.packing import Pack
-from nemo_ray.data.reader import EvalReader
+from nemo_ray.data.reader import EvalReader, Repair
 from nemo_ray.train.best import eval_names
 from nemo_ray.train.loss import IGNORED
 from nemo_ray.train.micro_batch import MicroBatch
@@ -23,8 +23,10 @@ from nemo_ray.train.update import Trainee
 class Evaluator:
     """Evaluates one `Trainee` on the held-out packs of `plan`; leaves its mode, weights and random state."""
 
-    def __init__(self, trainee: Trainee, plan: DataPlan, micro_batch_size: int) -> None:
-        self._trainee, self._plan, self._size = trainee, plan, micro_batch_size
+    def __init__(
+        self, trainee: Trainee, plan: DataPlan, micro_batch_size: int, repair: Repair | None = None
+    ) -> None:
+        self._trainee, self._plan, self._size, self._repair = trainee, plan, micro_batch_size, repair
         names = eval_names(plan)
         self.names = list(names.values())
         self._place = np.zeros(len(plan.sources), dtype=np.int64)  # source -> its place in names
@@ -45,6 +47,7 @@ class Evaluator:
             rank=dist.get_rank(),
             world_size=world_size,
             packs_per_step=world_size * self._size,
+            repair=self._repair,
         )
         sums = torch.zeros(2, len(self.names), dtype=torch.float64, device=trainee.device)
         trainee.model.eval()

@@ -20,7 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from nemo_ray import hub, session
+from nemo_ray import hub, session, urls
+from nemo_ray.config.checks import data_urls
 from nemo_ray.config.load import LoadedConfig
 from nemo_ray.config.schema import Config, DataSection
 from nemo_ray.data.manifest import DataPlan
@@ -59,6 +60,14 @@ def prepare_data(
         progress=lambda now: progress(now.windows, now.num_windows),
         listing=RunDir(config.output_dir).rejected_file,
     )
+
+
+def check_nodes(config: Config) -> None:
+    """Raises ClusterError unless all nodes see what the others write where the run writes."""
+    from nemo_ray.data.nodes import check_shared
+
+    assert config.dataset_prepared_path is not None  # resolve_paths has filled it in
+    check_shared({"output_dir": config.output_dir, "dataset_prepared_path": config.dataset_prepared_path})
 
 
 @dataclass(frozen=True)
@@ -182,12 +191,18 @@ class Launch:
             session.start_local(resources.local_cpus(wanted), self.environment)
             nodes = session.nodes()
         else:
-            variables = hub.variables_to_pass_on(self.config, os.environ)
-            variables |= variables_to_pass_on(self.config.tracking, os.environ)
-            session.connect(address, self.environment, variables)
+            session.connect(address, self.environment, self._variables_to_pass_on())
             nodes = session.nodes()
+            if len(nodes) > 1:
+                check_nodes(self.config)
             wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in nodes))
         return wanted, resources.place(wanted, nodes, self.config.ray.accelerator_type)
+
+    def _variables_to_pass_on(self) -> dict[str, str]:
+        """What processes on other nodes need to reach the hub, the object stores and trackers."""
+        stores = urls.variables_to_pass_on(data_urls(self.config), os.environ)
+        trackers = variables_to_pass_on(self.config.tracking, os.environ)
+        return {**hub.variables_to_pass_on(self.config, os.environ), **stores, **trackers}
 
     def _print_plan(
         self,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.manifest import DataPlan
-from nemo_ray.data.reader import PackReader, StepPacks
+from nemo_ray.data.reader import PackReader, Repair, StepPacks
 from nemo_ray.errors import DataError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.best import EVAL_LOSS, Best, best_of
@@ -41,11 +41,12 @@ class Trainer:
         run: RunDir,
         report: Report,
         state: TrainState,
+        repair: Repair,
     ) -> None:
         self.trainee, self.train, self.plan, self.run_dir, self.report = trainee, train, plan, run, report
-        self.state = state
+        self.state, self.repair = state, repair
         self.update = Update(trainee, train)
-        self.evaluator = Evaluator(trainee, plan, train.micro_batch_size)
+        self.evaluator = Evaluator(trainee, plan, train.micro_batch_size, repair)
         self.best = Best(train)
         self.stopped_early: dict[str, int] | None = None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -73,6 +74,7 @@ class Trainer:
             world_size=self.world_size,
             packs_per_step=self.world_size * self._packs_per_rank(),
             place=self.state.place,
+            repair=self.repair,
         )
         finished = True
         # The first evaluation is no measure of the steps' pace.

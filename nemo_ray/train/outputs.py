@@ -18,6 +18,7 @@ from nemo_ray.run_dir import RunDir
 from nemo_ray.session import JOB_CONFIG_VARIABLE
 from nemo_ray.storage import publish_bytes, read_json
 from nemo_ray.train.best import best_of
+from nemo_ray.urls import is_url
 
 DEFAULT_STORAGE_PATH = "~/nemo_ray"
 _PACKAGES = ("nemo_ray", "ray", "torch", "transformers", "peft", "pyarrow")
@@ -45,7 +46,7 @@ def resolve_paths(config: Config, job: bool, cwd: Path) -> Config:
     prepared = config.dataset_prepared_path
     update: dict[str, Any] = {
         "output_dir": output_dir,
-        "dataset_prepared_path": os.path.normpath(base / prepared)
+        "dataset_prepared_path": _absolute_output(prepared, base)
         if prepared is not None
         else str(RunDir(output_dir).prepared_dir),
     }
@@ -63,6 +64,10 @@ def resolve_paths(config: Config, job: bool, cwd: Path) -> Config:
         update["datasets"] = tuple(_absolute_dataset(spec, cwd) for spec in config.datasets)
         update["test_datasets"] = tuple(_absolute_dataset(spec, cwd) for spec in config.test_datasets)
     return config.model_copy(update=update)
+
+
+def _absolute_output(path: str, base: Path) -> str:
+    return path if is_url(path) else os.path.normpath(base / path)
 
 
 def _absolute(path: str, cwd: Path) -> str:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from nemo_ray import hub
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.prepare import repairer
 from nemo_ray.data.tokenizer import TOKENIZER_DEFAULT
 from nemo_ray.model.adapter import load_adapter, save_adapter
 from nemo_ray.model.decode import generate_tokens
@@ -94,8 +95,9 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
     folder = checkpoint_to_resume(config.resume_from_checkpoint, run)
     if folder is not None:
         state = load_checkpoint(folder, trainee.parameters, trainee.optimizer)
+    repair = repairer(spec.plan, config.data, hub.reference(config))
     with tracked(config, spec.plan, run, state.step, rank) as ending:
-        trainer = Trainer(trainee, config.train, spec.plan, run, report, state)
+        trainer = Trainer(trainee, config.train, spec.plan, run, report, state, repair)
         if config.gradient_checkpointing == "auto" and device.type == "cuda":
             kept = trainer.update.keep_activations(config.sequence_len)
             if rank == 0:

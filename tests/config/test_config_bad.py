@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from nemo_ray.config.checks import data_urls
 from nemo_ray.config.kinds import kinds_of
 from nemo_ray.config.schema import Config, DatasetSpec, RaySection, Section
 from tests.config.helpers import Keys, errors_of, load, lora
@@ -189,9 +190,7 @@ UNSUPPORTED: list[tuple[Keys, str]] = [
         "lora_model_dir: s3://b/p",
     ),
     ({"output_dir": "s3://bucket/run"}, "output_dir: s3://bucket/run"),
-    ({"dataset_prepared_path": "gs://b/p"}, "dataset_prepared_path: gs://b/p"),
     ({"ray": {"storage_path": "s3://b/p"}}, "ray.storage_path: s3://b/p"),
-    ({"datasets": [{"path": "hf://datasets/a/b"}]}, "datasets.0.path: hf://datasets/a/b"),
     ({"datasets": [{"path": "rows.jsonl", "name": "en"}]}, "datasets.0.name: en"),
 ]
 
@@ -201,6 +200,33 @@ def test_not_supported_yet_is_refused_by_name(world: Keys, keys: Keys, start: st
     (line,) = errors_of(world | keys)
     assert line.startswith(start) and "not supported yet" in line
     assert load(world | keys, check_support=False, check_paths=False)
+
+
+URLS: list[tuple[Keys, str]] = [
+    ({"dataset_prepared_path": "gs://k:hidden@b"}, "dataset_prepared_path: gs://***@b holds credentials"),
+    ({"output_dir": "s3://k:hidden@b/p"}, "output_dir: s3://***@b/p is not supported yet"),
+    ({"datasets": [{"path": "s3://b/x?secret_key=hidden"}]}, "datasets.0.path: s3://b/x?*** holds options"),
+    ({"datasets": [{"path": "hf://datasets/a/b"}]}, "datasets.0.path: hf://datasets/a/b is not an object"),
+    ({"datasets": [{"path": "http://b/x.jsonl"}]}, "datasets.0.path: http://b/x.jsonl is not an object"),
+]
+
+
+@pytest.mark.parametrize(("keys", "start"), URLS, ids=lambda item: str(item)[:40])
+def test_urls_that_cannot_be_used_are_told_without_their_secrets(world: Keys, keys: Keys, start: str) -> None:
+    (line,) = errors_of(world | keys)
+    assert line.startswith(start) and "hidden" not in line
+
+
+def test_data_may_lie_in_object_stores(world: Keys) -> None:
+    keys = {
+        "datasets": [
+            {"path": "s3://b/rows-*.jsonl"},
+            {"path": "gs://anonymous@b", "data_files": ["x.jsonl"]},
+        ],
+        "dataset_prepared_path": "abfs://c@account.dfs.core.windows.net/prepared",
+    }
+    config = load(world | keys).config
+    assert data_urls(config) == [keys["dataset_prepared_path"], "s3://b/rows-*.jsonl", "gs://anonymous@b"]
 
 
 def test_paths(world: Keys) -> None:

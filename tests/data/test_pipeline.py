@@ -20,6 +20,7 @@ from nemo_ray.data.shards import read_stats
 from nemo_ray.data.sources import plan_data
 from nemo_ray.data.statistics import data_statistics
 from nemo_ray.errors import DataError
+from nemo_ray.storage import exists, read_bytes, remove
 from tests.data.helpers import chats, prepare_all, section, write_lines
 
 
@@ -108,22 +109,22 @@ def test_shards_from_ray_are_those_made_here(
     assert (ready[-1].new_rows, ready[-1].rows_left) == (500, 0)
     assert rows == data_statistics(plan)["train"]["documents"] > 100
     for window in (*plan.windows, *plan.eval_windows):
-        assert plan.shard_path(window).read_bytes() == here.shard_path(window).read_bytes()
+        assert read_bytes(plan.shard_path(window)) == read_bytes(here.shard_path(window))
 
     # A second run makes only what is missing.
     changed = {path.name: path.stat().st_mtime_ns for path in Path(plan.directory).glob("*.arrow")}
-    plan.shard_path(plan.windows[0]).unlink()
+    remove(plan.shard_path(plan.windows[0]))
     prepare(plan, data, str(base))
     again = {path.name: path.stat().st_mtime_ns for path in Path(plan.directory).glob("*.arrow")}
     assert {name for name in changed if changed[name] != again[name]} == {f"{plan.windows[0].key}.arrow"}
 
     # A stop ends it early.
     for window in plan.windows:
-        plan.shard_path(window).unlink()
+        remove(plan.shard_path(window))
     stop = threading.Event()
     stop.set()
     prepare(plan, data, str(base), stop=stop)
-    assert sum(plan.shard_path(window).exists() for window in plan.windows) < len(plan.windows)
+    assert sum(exists(plan.shard_path(window)) for window in plan.windows) < len(plan.windows)
 
 
 @pytest.mark.e2e
@@ -140,7 +141,7 @@ def test_bad_rows_are_listed_and_too_many_of_them_stop_the_run(
     data = section(path)
     plan = plan_data(data, str(base), str(tmp_path / "prepared"))
     prepare(plan, data, str(base))
-    listed = [json.loads(line) for line in plan.rejected_path.read_text().splitlines()]
+    listed = [json.loads(line) for line in read_bytes(plan.rejected_path).splitlines()]
     assert listed == [{"file": str(path), "row": 120, "reason": "no field 'messages'", "detail": ""}]
 
     rows[200:230] = [{"messages": [{"role": "user", "content": "x"}]}] * 30
@@ -150,8 +151,8 @@ def test_bad_rows_are_listed_and_too_many_of_them_stop_the_run(
         prepare(plan, data, str(base))
     reader = PackReader(plan, seed=0, num_epochs=9, rank=0, world_size=1, packs_per_step=64)
     missing = DataPlan.from_json({**plan.to_json(), "directory": str(tmp_path / "none")})
-    assert plan.failure_path.exists() and reader.next_step() is not None
-    assert not missing.failure_path.exists()
+    assert exists(plan.failure_path) and reader.next_step() is not None
+    assert not exists(missing.failure_path)
 
 
 @pytest.mark.e2e
@@ -172,7 +173,7 @@ def test_a_failing_task_is_one_line_for_pipeline_and_readers(
         reader.next_step()
     write_lines(path, chats(50))
     prepare(plan, data, str(base))
-    assert not plan.failure_path.exists() and read_stats(plan.shard_path(plan.windows[0])).documents
+    assert not exists(plan.failure_path) and read_stats(plan.shard_path(plan.windows[0])).documents
 
 
 @pytest.mark.e2e

@@ -135,7 +135,7 @@ def test_preparing_twice_writes_the_same_bytes(base: Path, tmp_path: Path) -> No
     data = section(write_lines(tmp_path / "rows.jsonl", chats(40)))
     plan = plan_data(data, str(base), str(tmp_path / "prepared"))
     prepare_all(plan, data, base)
-    path = plan.shard_path(plan.windows[0])
+    path = Path(plan.shard_path(plan.windows[0]))
     first = path.read_bytes()
     path.unlink()
     prepare_all(plan, data, base)
@@ -150,8 +150,8 @@ def test_damage_and_changed_files_are_one_line(base: Path, tmp_path: Path) -> No
     source.write_text(source.read_text()[:-500])
     with pytest.raises(DataError, match="rows.jsonl has changed since"):
         prepare_window(window_task(plan, plan.windows[-1], data, str(base), held_out=False))
-    path = plan.shard_path(plan.windows[0])
+    path = Path(plan.shard_path(plan.windows[0]))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"ARROW1 and nothing else")
     with pytest.raises(DataError, match=r"shard .* is damaged"):
-        Shard(path)
+        Shard(str(path))

@@ -53,9 +53,9 @@ def write(plan: DataPlan, index: int) -> None:
             rows.append(row)
     dropped = ROWS - len(rows)
     stats = ShardStats(ROWS, len(rows), packs, sum(len(s.ids) for s in samples), 0, dropped, 0)
-    path = plan.shard_path(window)
+    path = Path(plan.shard_path(window))
     if not path.exists():
-        write_shard(path, samples, rows, groups, stats)
+        write_shard(str(path), samples, rows, groups, stats)
 
 
 def ready(folder: Path, packs: list[list[int]]) -> DataPlan:

@@ -65,7 +65,7 @@ def test_rejected_rows_are_listed_for_the_user_and_beside_the_shards(base: Path,
     assert [(entry["file"], entry["row"], entry["reason"]) for entry in entries] == [
         (str(path), row, "no assistant turn") for row in (100, 101, 102)
     ], "blank lines are no rows"
-    assert plan.rejected_path.read_text() == listing.read_text()
+    assert Path(plan.rejected_path).read_text() == listing.read_text()
 
 
 def test_a_list_of_an_earlier_run_goes_away(base: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_the_share_is_exact(base: Path, tmp_path: Path, share: float) -> None:
     with pytest.raises(DataError, match=r"no assistant turn \(.*rows.jsonl row 150, ") as told:
         prepared(plan, data, base)
     assert f"max_rejected_share {share:.4g} of all 200" in str(told.value)
-    assert plan.rejected_path.exists() and "\n" not in str(told.value)
+    assert Path(plan.rejected_path).exists() and "\n" not in str(told.value)
 
 
 def test_rows_that_are_bad_through_and_through_stop_the_run_early(
@@ -124,7 +124,7 @@ def test_dropped_and_cut_rows_are_not_rejected_ones(base: Path, tmp_path: Path) 
     path = write_lines(tmp_path / "rows.jsonl", [*chats(80, words=40), *chats(20, words=2)])
     plan, data = plan_of(path, base, tmp_path, max_rejected_share=0.0)
     prepared(plan, data, base)
-    assert not plan.rejected_path.exists()
+    assert not Path(plan.rejected_path).exists()
 
 
 def test_rows_that_are_all_too_long_say_so(base: Path, tmp_path: Path) -> None:
