@@ -74,7 +74,7 @@ KNOWN_PLUGINS: dict[str, str] = {
 
 FOREIGN_IN_DATASETS: tuple[Foreign, ...] = (
     notice("trust_remote_code", "never needed: no code of a dataset is run"),
-    refuse("revision", "hub datasets are not downloaded in this version; download that revision"),
+    notice("preprocess_shards", "rows are always prepared a window at a time"),
     refuse(
         "roles_to_train", "only the assistant's turns are targets; remove the key", (["assistant"], ["gpt"])
     ),
@@ -104,8 +104,7 @@ FOREIGN_IN_DATASETS: tuple[Foreign, ...] = (
         "field_system message_field_training message_field_training_detail chat_template "
         "chat_template_jinja field_human field_model field_instruction field_input field_output format "
         "no_input_format system_prompt system_format input_format input_transform conversation "
-        "step_separator max_completion_length train_on_last_step_only logprobs_field temperature shards "
-        "shards_idx preprocess_shards skip weight",
+        "step_separator max_completion_length train_on_last_step_only logprobs_field temperature skip",
         "not supported yet; write the rows in the form that the dataset's other keys describe, or choose "
         "them by split",
         (False, "tokenizer_default"),

@@ -14,7 +14,9 @@ from nemo_ray.config.translate import show
 
 _SPLIT = re.compile(r"[A-Za-z_][\w.-]*(\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+_DATA_FILE = re.compile(
+    r".*\.(jsonl|ndjson|json|csv|tsv|parquet|arrow|txt)(\.(gz|zst|bz2|lz4))?", re.IGNORECASE
+)
 _TOKENS = ("pad_token", "eos_token", "bos_token", "unk_token")
 _SAVED_MODULES = ("lm_head", "embeddings")
 _TARGET_KEYS = ("lora_target_modules", "lora_target_linear", "lora_target_parameters")
@@ -116,6 +118,13 @@ def _data_rules(config: Config) -> Iterator[str]:
             yield (
                 f"{key}.split: {show(spec.split)} is not a slice; write train, train[:20%] or train[100:200]"
             )
+        if spec.shards is None and spec.shards_idx:
+            yield f"{key}.shards_idx: {spec.shards_idx} needs shards; say of how many parts it is one"
+        if spec.shards is not None and spec.shards_idx >= spec.shards:
+            yield (
+                f"{key}.shards_idx: {spec.shards_idx} is no part of shards: {spec.shards}; give a number "
+                f"below {spec.shards}"
+            )
 
 
 def _cluster_rules(config: Config) -> Iterator[str]:
@@ -157,6 +166,9 @@ def rule_notices(config: Config) -> list[str]:
         notices.append(f"{rhythm[0]}: not used, since val_set_size and test_datasets hold out no rows")
     if _given(config, "revision_of_model") and not is_hub_id(config.base_model):
         notices.append("revision_of_model: not used, since base_model is a folder, not a hub id")
+    for key, spec in _specs(config):
+        if spec.revision is not None and not is_hub_dataset(spec.path):
+            notices.append(f"{key}.revision: not used, since {show(spec.path)} is no dataset of the hub")
     return notices
 
 
@@ -171,9 +183,6 @@ def _unsupported(config: Config) -> Iterator[str]:
         if "://" in value:
             instead = "a path that every node sees" + (" or a hub id" if key == "base_model" else "")
             yield f"{key}: {show(value)} {later}, since it is a URL; give {instead}"
-    for key, spec in _specs(config):
-        if spec.name is not None:
-            yield f"{key}.name: {show(spec.name)} {later}, since hub datasets are not downloaded; remove it"
 
 
 def _specs(config: Config) -> Iterator[tuple[str, DatasetSpec]]:
@@ -222,10 +231,9 @@ def is_hub_id(base_model: str) -> bool:
     return bool(_HUB_ID.fullmatch(base_model)) and not os.path.exists(base_model)
 
 
-def _may_be_on_the_hub(path: str) -> bool:
-    """Whether a dataset is written like owner/name, and not like a file in a folder that is here."""
-    owner, _, name = path.partition("/")
-    return bool(_HUB_ID.fullmatch(path)) and not name.endswith(_DATA_SUFFIXES) and not os.path.isdir(owner)
+def is_hub_dataset(path: str) -> bool:
+    """Whether a dataset is written like owner/name, and not like a file, or something in a folder here."""
+    return is_hub_id(path) and not _DATA_FILE.fullmatch(path) and not os.path.isdir(path.split("/")[0])
 
 
 def _base_model_errors(path: str) -> list[str]:
@@ -263,14 +271,15 @@ def model_folder_errors(folder: str, name: str) -> list[str]:
 
 
 def _dataset_errors(key: str, spec: DatasetSpec) -> list[str]:
+    if is_hub_dataset(spec.path):
+        return []  # whether there is such a dataset, with such files, shows when its files are listed
     if not os.path.exists(spec.path):
-        if _may_be_on_the_hub(spec.path):
-            return [
-                f"{key}.path: {show(spec.path)} is no file or folder here, and hub datasets are not "
-                f"downloaded in this version; if it is one, run `hf download {spec.path} --repo-type dataset "
-                "--local-dir FOLDER` and give that folder"
-            ]
-        return [f"{key}.path: {show(spec.path)} does not exist; give a file, or a folder of files"]
+        if any(letter in spec.path for letter in "*?[") and glob.glob(spec.path, recursive=True):
+            return []
+        return [
+            f"{key}.path: {show(spec.path)} does not exist; give a file, a folder of files, a pattern such "
+            "as data/*.jsonl, or a dataset of the hub (owner/name)"
+        ]
     if not spec.data_files:
         return []
     if not os.path.isdir(spec.path):
@@ -280,5 +289,5 @@ def _dataset_errors(key: str, spec: DatasetSpec) -> list[str]:
     return [
         f"{key}.data_files: {show(name)} is not in {show(spec.path)}; name files of that folder"
         for name in spec.data_files
-        if not glob.glob(os.path.join(spec.path, name))
+        if not glob.glob(os.path.join(spec.path, name), recursive=True)
     ]

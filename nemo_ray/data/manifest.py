@@ -14,14 +14,15 @@ from typing import Any, Literal, NamedTuple
 FORMAT_VERSION = 1
 """Part of every window's key: raised whenever the same inputs would give another shard."""
 
-FileFormat = Literal["jsonl", "json", "parquet"]
+FileFormat = Literal["jsonl", "json", "csv", "tsv", "text", "parquet", "arrow"]
 
 
 class Span(NamedTuple):
     """Consecutive rows of one file.
 
-    `start`, `stop` address them: bytes of a jsonl file, elements of a json array, row groups of a parquet
-    file. `first_row` counts rows from the beginning of the file.
+    `start`, `stop` address them: bytes of a file of lines (jsonl, csv, tsv, text), elements of a json array,
+    row groups of a parquet file, record batches of an arrow file. `first_row` counts rows from the beginning
+    of the file.
     """
 
     file: int
@@ -56,6 +57,8 @@ class SourceInfo:
     tokens_per_row: float
     """Estimated from the first rows; rows that are dropped count as 0."""
     evaluation_only: bool
+    weight: float = 1.0
+    """Share of the trained tokens relative to the other sources, beside what its size gives."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,5 @@
+"""Datasets by their id on the Hugging Face hub (filled in below)."""
+
+
+def local_path(path: str) -> str:
+    return path
