@@ -15,6 +15,7 @@ from nemo_ray.data.lines import LINE_FORMATS, read_lines, scan_lines
 from nemo_ray.data.manifest import FileFormat, Span
 from nemo_ray.data.tables import TABLE_FORMATS, read_table, scan_table
 from nemo_ray.errors import ConfigError, DataError
+from nemo_ray.hub_datasets import local_path
 from nemo_ray.storage import is_url, open_input
 
 __all__ = ["BLANK_LINE", "RUN_ROWS", "FileIndex", "read_span", "scan", "sniff_json"]
@@ -46,6 +47,7 @@ def read_span(path: str, file_format: FileFormat, span: Span, columns: list[str]
     `columns` are those that a Parquet or Arrow file is read for; others are not decoded. Lists of numbers
     come from there as NumPy arrays.
     """
+    path = local_path(path)
     try:
         if file_format in LINE_FORMATS:
             return read_lines(path, file_format, span)
