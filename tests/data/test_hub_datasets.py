@@ -39,10 +39,12 @@ try:
 except NemoRayError as error:
     sys.exit(tell(error))
 assert "torch" not in sys.modules
-tasks = [window_task(plan, window, config.data, config.base_model, held_out=False) for window in plan.windows]
-rows = [row["messages"][0]["content"] for task in tasks for row in read_rows(task)]
-files = [[file.path, file.identity] for file in plan.sources[0].files]
-print(json.dumps({"rows": rows, "files": files, "keys": [window.key for window in plan.windows]}))
+result = [{"files": [file.path for file in source.files], "rows": [], "keys": []} for source in plan.sources]
+for window in plan.windows:
+    task = window_task(plan, window, config.data, config.base_model, held_out=False)
+    result[window.source]["rows"] += [row["messages"][0]["content"] for row in read_rows(task)]
+    result[window.source]["keys"].append(window.key)
+print(json.dumps(result))
 """
 
 
@@ -75,9 +77,10 @@ def hub() -> Iterator[HubServer]:
 
 
 def command(
-    hub: HubServer, base: Path, tmp_path: Path, *arguments: str, dataset: Any = None, **variables: str
+    hub: HubServer, base: Path, tmp_path: Path, *arguments: str, datasets: Any = ({},), **variables: str
 ) -> "subprocess.CompletedProcess[str]":
-    config = {"base_model": str(base), "datasets": [{"path": NAME, **(dataset or {})}], "sequence_len": 128}
+    entries = [{"path": NAME, **dataset} for dataset in datasets]
+    config = {"base_model": str(base), "datasets": entries, "sequence_len": 128}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "output_dir": str(tmp_path / "out")}))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "RAY_"))}
     environ = {
@@ -96,18 +99,17 @@ def command(
     )
 
 
-def planned(hub: HubServer, base: Path, tmp_path: Path, dataset: Any = None, **variables: str) -> Any:
-    done = command(
-        hub, base, tmp_path, "-c", PLAN, "config.yaml", str(tmp_path / "out"), dataset=dataset, **variables
-    )
+def planned(hub: HubServer, base: Path, tmp_path: Path, *datasets: Any, **variables: str) -> Any:
+    """What each of the datasets gives."""
+    arguments = ["-c", PLAN, "config.yaml", str(tmp_path / "out")]
+    done = command(hub, base, tmp_path, *arguments, datasets=datasets or ({},), **variables)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def refused(hub: HubServer, base: Path, tmp_path: Path, dataset: Any = None, **variables: str) -> str:
-    done = command(
-        hub, base, tmp_path, "-m", "nemo_ray.data", "config.yaml", "--show", "1", dataset=dataset, **variables
-    )
+def refused(hub: HubServer, base: Path, tmp_path: Path, dataset: Any, **variables: str) -> str:
+    arguments = ["-m", "nemo_ray.data", "config.yaml", "--show", "1"]
+    done = command(hub, base, tmp_path, *arguments, datasets=[dataset], **variables)
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     (line,) = done.stderr.splitlines()
@@ -121,9 +123,9 @@ def test_the_train_split_is_fetched_once_and_read_with_our_windows(
     hub: HubServer, base: Path, tmp_path: Path
 ) -> None:
     commit = next(iter(hub.repositories[f"datasets/{NAME}"].commits))
-    first = planned(hub, base, tmp_path)
+    (first,) = planned(hub, base, tmp_path)
     assert first["rows"] == QUESTIONS[:50]
-    assert [path for path, _ in first["files"]] == [
+    assert first["files"] == [
         f"hub://datasets/{NAME}@{commit}/data/train-0000{i}-of-00002.parquet" for i in (0, 1)
     ]
     assert {request.file for request in hub.requests if request.storage} == {
@@ -132,10 +134,10 @@ def test_the_train_split_is_fetched_once_and_read_with_our_windows(
     }
     assert not hub.transfers("setup.py")
     hub.requests.clear()
-    assert planned(hub, base, tmp_path) == first
+    assert planned(hub, base, tmp_path) == [first]
     assert not [request for request in hub.requests if request.storage], "nothing is fetched again"
     hub.requests.clear()
-    assert planned(hub, base, tmp_path, HF_HUB_OFFLINE="1") == first
+    assert planned(hub, base, tmp_path, HF_HUB_OFFLINE="1") == [first]
     assert not hub.requests
 
 
@@ -146,11 +148,12 @@ def test_splits_slices_files_and_revisions(hub: HubServer, base: Path, tmp_path:
         ({"split": "test"}, QUESTIONS[50:]),
         ({"data_files": "data/train-*1-of-*.parquet"}, QUESTIONS[25:50]),
     ]
-    for dataset, wanted in cases:
-        assert planned(hub, base, tmp_path, dataset)["rows"] == wanted, dataset
     hub.add(f"datasets/{NAME}", {"train.jsonl": lines(ROWS[:5])})
-    assert planned(hub, base, tmp_path)["rows"] == QUESTIONS[:5]
-    assert planned(hub, base, tmp_path, {"revision": old})["rows"] == QUESTIONS[:50]
+    cases = [({"revision": old, **dataset}, wanted) for dataset, wanted in cases]
+    cases += [({}, QUESTIONS[:5]), ({"revision": old}, QUESTIONS[:50])]
+    results = planned(hub, base, tmp_path, *(dataset for dataset, _ in cases))
+    for (dataset, wanted), result in zip(cases, results, strict=True):
+        assert result["rows"] == wanted, dataset
 
 
 def test_a_file_more_in_a_later_commit_leaves_the_windows_of_the_others(
@@ -158,9 +161,9 @@ def test_a_file_more_in_a_later_commit_leaves_the_windows_of_the_others(
 ) -> None:
     files = {f"train_{i}.jsonl": lines(chats(200, seed=i)) for i in range(2)}
     hub.add(f"datasets/{NAME}", files)
-    before = planned(hub, base, tmp_path)
+    (before,) = planned(hub, base, tmp_path)
     hub.add(f"datasets/{NAME}", {**files, "train_0a.jsonl": lines(chats(200, seed=7))})
-    after = planned(hub, base, tmp_path)
+    (after,) = planned(hub, base, tmp_path)
     assert len(after["keys"]) == len(before["keys"]) + 1 and set(before["keys"]) < set(after["keys"])
 
 
@@ -180,9 +183,9 @@ def test_the_card_says_which_files_a_configuration_has(hub: HubServer, base: Pat
             "part_b/x.parquet": parquet(ROWS[20:30]),
         },
     )
-    assert planned(hub, base, tmp_path, {"name": "en"})["rows"] == QUESTIONS[:20]
-    assert planned(hub, base, tmp_path, {"name": "fr"})["rows"] == QUESTIONS[20:30]
-    assert refused(hub, base, tmp_path) == (
+    english, french = planned(hub, base, tmp_path, {"name": "en"}, {"name": "fr"})
+    assert (english["rows"], french["rows"]) == (QUESTIONS[:20], QUESTIONS[20:30])
+    assert refused(hub, base, tmp_path, {}) == (
         f"datasets[0].name: missing; {NAME} has the configurations en, fr"
     )
     assert "has no configuration 'fre'; did you mean 'fr'?" in refused(hub, base, tmp_path, {"name": "fre"})
@@ -190,7 +193,7 @@ def test_the_card_says_which_files_a_configuration_has(hub: HubServer, base: Pat
 
 def test_a_node_without_a_copy_fetches_its_file(hub: HubServer, base: Path, tmp_path: Path) -> None:
     """A data task elsewhere has the reference only."""
-    reference = planned(hub, base, tmp_path)["files"][1][0]
+    reference = planned(hub, base, tmp_path)[0]["files"][1]
     read = "import sys; from nemo_ray.data.files import read_span; from nemo_ray.data.manifest import Span; "
     read += "print(len(read_span(sys.argv[1], 'parquet', Span(0, 0, 1, 0, 25), ['messages'])))"
     hub.requests.clear()
@@ -206,7 +209,7 @@ def test_a_broken_download_goes_on_where_it_ended(hub: HubServer, base: Path, tm
     rows = [{"messages": row["messages"], "noise": os.urandom(600_000)} for row in ROWS[:25]]
     hub.add(f"datasets/{NAME}", {name: parquet(rows)})
     hub.cut_after[name] = 12 << 20  # more than the 10 MiB in which huggingface_hub hands bytes on
-    assert planned(hub, base, tmp_path)["rows"] == QUESTIONS[:25]
+    assert planned(hub, base, tmp_path)[0]["rows"] == QUESTIONS[:25]
     ranges = [request.range for request in hub.transfers(name)]
     assert len(ranges) == 2 and ranges[1] is not None
 
@@ -239,7 +242,7 @@ def test_mistakes_name_the_key_and_the_remedy(hub: HubServer, base: Path, tmp_pa
         assert line.startswith("datasets[0].") and part in line, line
     offline = refused(hub, base, tmp_path, {"path": "owner/pictures2"}, HF_HUB_OFFLINE="1")
     assert "hf download owner/pictures2 --repo-type dataset" in offline
-    with_token = planned(hub, base, tmp_path, {"path": "owner/gated"}, HF_TOKEN="hf_right")
+    (with_token,) = planned(hub, base, tmp_path, {"path": "owner/gated"}, HF_TOKEN="hf_right")
     assert with_token["rows"] == QUESTIONS[:50]
 
 
