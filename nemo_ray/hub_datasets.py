@@ -116,6 +116,12 @@ def _fetch(listing: Listing, files: Sequence["RepoFile"], say: Say) -> None:
             _snapshot(listing.repository, listing.commit, [file.path for file in wanted])
 
 
+def commit_of(path: str) -> str | None:
+    """The commit in a reference; None for other paths."""
+    match = _REFERENCE.fullmatch(path)
+    return None if match is None else match["commit"]
+
+
 def local_path(path: str) -> str:
     """Where a reference's file is on this machine, fetched first where it is missing. Other paths stay.
 

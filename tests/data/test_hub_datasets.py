@@ -19,9 +19,14 @@ import pytest
 import yaml
 
 from nemo_ray.config.load import load_config
+from nemo_ray.config.schema import Config
 from nemo_ray.data.card import files_by_split
+from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo
 from nemo_ray.errors import ConfigError
 from nemo_ray.hub import variables_to_pass_on
+from nemo_ray.run_dir import RunDir
+from nemo_ray.storage import publish_json
+from nemo_ray.train import outputs
 from tests.data.helpers import chats
 from tests.hub_server import HubServer
 
@@ -30,6 +35,7 @@ NAME = "owner/chats"
 PLAN = """
 import json, sys
 from nemo_ray.config.load import load_config
+from nemo_ray.config.schema import Config
 from nemo_ray.data.prepare import read_rows, window_task
 from nemo_ray.data.sources import plan_data
 from nemo_ray.errors import NemoRayError, tell
@@ -251,6 +257,32 @@ def test_variables_of_the_hub_are_passed_on_for_datasets_too(base: Path, tmp_pat
     path.write_text(yaml.safe_dump({"base_model": str(base), "datasets": [{"path": NAME}]}))
     passed = variables_to_pass_on(load_config(str(path)).config, {"HF_TOKEN": "x", "HOME": "y"})
     assert passed == {"HF_TOKEN": "x"}
+
+
+def test_a_continued_run_keeps_the_commits_that_it_began_with(base: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    path = tmp_path / "config.yaml"
+
+    def config(**keys: Any) -> Config:
+        specs = [{"path": NAME, **keys}, {"path": "owner/more"}]
+        path.write_text(yaml.safe_dump({"base_model": str(base), "datasets": specs}))
+        return load_config(str(path)).config
+
+    commits = ["a" * 40, "b" * 40]
+    files = [
+        FileInfo(f"hub://datasets/{name}@{commit}/x.jsonl", "x.jsonl", "", "jsonl", 1, 0)
+        for name, commit in zip((NAME, "owner/more"), commits, strict=True)
+    ]
+    sources = tuple(SourceInfo("", "", (file,), 1, 0, 64, 1.0, False) for file in files)
+    plan = DataPlan("", "", 128, (), (), sources, (), 0)
+    start = outputs.Start(run.path / "checkpoints" / "step-1", replace=False)
+    assert outputs.keep_dataset_commits(config(), start) == config(), "nothing is known of the run"
+    publish_json(run.data_plan_file, plan.to_json())
+    run.write_run({"config": config().to_dict()})
+    kept = outputs.keep_dataset_commits(config(), start)
+    assert [spec.revision for spec in kept.datasets] == commits
+    assert outputs.keep_dataset_commits(config(), outputs.Start(None, replace=True)) == config()
+    assert outputs.keep_dataset_commits(config(revision="v2"), start) == config(revision="v2")
 
 
 @pytest.mark.parametrize(
