@@ -55,6 +55,11 @@ def whole_identity(path: str, name: str, facts: FileFacts) -> str:
         return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
 
 
+def is_read_error(error: Exception) -> bool:
+    """Whether a file could not be read, where pyarrow tells of damaged content too: by a bare OSError."""
+    return isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None)
+
+
 def changed(path: str) -> DataError:
     """For rows that are not where the plan says."""
     return DataError(f"{path} has changed since this run's data was planned; start the run again")

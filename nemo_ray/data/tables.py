@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nemo_ray.data.index import changed
+from nemo_ray.data.index import changed, is_read_error
 from nemo_ray.data.manifest import FileFormat, Span
 from nemo_ray.errors import DataError
 from nemo_ray.storage import is_url, open_input
@@ -97,8 +97,8 @@ def _explained(path: str, file_format: FileFormat, part: str = "") -> Iterator[N
     try:
         yield
     except _BROKEN as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        if isinstance(error, OSError) and is_read_error(error):
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
         words = str(error).strip().splitlines() or [type(error).__name__]
         if part:
             raise DataError(f"{path}: {part} cannot be read ({words[0]}); write the file again") from None

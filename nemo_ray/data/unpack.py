@@ -4,11 +4,12 @@ import os
 import uuid
 
 import pyarrow as pa
+from pyarrow import fs
 
-from nemo_ray.data.index import facts_of
+from nemo_ray.data.index import facts_of, is_read_error
 from nemo_ray.data.manifest import digest
 from nemo_ray.errors import DataError
-from nemo_ray.storage import file_facts, file_system, open_input
+from nemo_ray.storage import file_facts, file_system, is_url, open_input
 
 COMPRESSIONS: dict[str, str] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
 """Suffix -> pyarrow's name."""
@@ -38,7 +39,8 @@ def unpack(source: str, name: str, directory: str) -> str:
         return target
     system, inner = file_system(target)
     partial = f"{inner}.{uuid.uuid4().hex[:12]}.partial"
-    system.create_dir(os.path.dirname(inner), recursive=True)
+    if not is_url(target):
+        system.create_dir(os.path.dirname(inner), recursive=True)
     try:
         with (
             open_input(source) as packed,
@@ -49,9 +51,9 @@ def unpack(source: str, name: str, directory: str) -> str:
                 output.write(data)
         system.move(partial, inner)
     except (pa.ArrowException, OSError) as error:
-        if file_facts(partial) is not None:
+        if system.get_file_info(partial).type == fs.FileType.File:
             system.delete_file(partial)
-        if isinstance(error, OSError) and error.errno is not None:
+        if is_read_error(error):
             raise
         words = str(error).strip().splitlines() or [type(error).__name__]
         raise DataError(f"{source} is damaged ({words[0]}); compress it again") from None

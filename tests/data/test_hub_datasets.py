@@ -4,6 +4,8 @@ huggingface_hub reads its environment when it is imported, so each case is a pro
 production: the data command, against a hub on loopback.
 """
 
+import csv
+import gzip
 import io
 import json
 import os
@@ -22,6 +24,7 @@ from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config
 from nemo_ray.data.card import files_by_split
 from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo
+from nemo_ray.data.shards import read_stats
 from nemo_ray.errors import ConfigError
 from nemo_ray.hub import variables_to_pass_on
 from nemo_ray.run_dir import RunDir
@@ -218,6 +221,31 @@ def test_a_broken_download_goes_on_where_it_ended(hub: HubServer, base: Path, tm
     assert planned(hub, base, tmp_path)[0]["rows"] == QUESTIONS[:25]
     ranges = [request.range for request in hub.transfers(name)]
     assert len(ranges) == 2 and ranges[1] is not None
+
+
+@pytest.mark.e2e
+def test_the_command_prepares_all_kinds_of_sources(hub: HubServer, base: Path, tmp_path: Path) -> None:
+    """Through Ray: its tasks take a hub's file from the cache, and a compressed one from its copy."""
+    texts = [f'the "fox" number {i},\nand more' for i in range(30)]
+    with open(tmp_path / "rows.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["text"], *([text] for text in texts)])
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines(ROWS)))
+    (tmp_path / "rows.txt").write_text("the quick fox\n" * 20 + "\n")
+    arguments = ["-m", "nemo_ray.data", "config.yaml"]
+    datasets = [
+        {},
+        {"path": "rows.csv", "type": "completion"},
+        {"path": "rows.jsonl.*", "weight": 2.0},
+        {"path": "rows.txt", "type": "completion", "shards": 3},
+    ]
+    done = command(hub, base, tmp_path, *arguments, datasets=datasets, RAY_AUTH_MODE="disabled")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "downloading owner/chats" in done.stdout
+    assert "note: datasets[2]: 1 compressed file cannot be read in parts" in done.stdout
+    shards = [read_stats(path) for path in (tmp_path / "out" / "prepared").glob("*.arrow")]
+    assert sum(stats.documents + stats.dropped for stats in shards) == 50 + 30 + 60 + 7
+    assert not any(stats.rejected for stats in shards)
 
 
 # -- what the user is told ------------------------------------------------------------------------
