@@ -166,4 +166,5 @@ def _refuse_empty(root: str, spec: DatasetSpec, key: str) -> None:
             "URL, or a dataset of the hub as owner/name"
         )
     kind = _KNOWN if spec.ds_type is None else f"{spec.ds_type} file"
-    raise ConfigError(f"{key}.path: {spec.path} holds no {kind}")
+    gone = "is not there, or " if is_url(root) else ""
+    raise ConfigError(f"{key}.path: {spec.path} {gone}holds no {kind}")

@@ -14,9 +14,9 @@ another file's growth moves them:
 """
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -70,7 +70,7 @@ def plan_data(data: DataSection, base_model: str, directory: str, say: Say = _pr
     """
     tokenizer_spec = TokenizerSpec.of(data, base_model)
     loaded = load_tokenizer(tokenizer_spec)
-    directory = directory if is_url(directory) else str(Path(directory).expanduser().absolute())
+    directory = directory if is_url(directory) else os.path.abspath(os.path.expanduser(directory))
     train, test = (
         [
             _open_source(spec, f"{name}[{i}]", data, tokenizer_spec, loaded, directory, say)

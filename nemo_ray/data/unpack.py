@@ -45,7 +45,7 @@ def unpack(source: str, name: str, directory: str) -> str:
         with (
             open_input(source) as packed,
             pa.input_stream(packed, compression=compression) as stream,
-            system.open_output_stream(partial) as output,
+            system.open_output_stream(partial, compression=None) as output,
         ):
             while data := stream.read(_COPIED_BYTES):
                 output.write(data)
