@@ -19,7 +19,7 @@ def kept_window_size(directory: str, known_by: str, wanted: int, num_rows: int) 
         known_by: a digest of the entry and of all that shapes its shards, beside its rows.
         num_rows: rows of the source; one that fits into a window leaves nothing to keep.
     """
-    place = f"{directory}/window-sizes/{known_by}.json"
+    place = f"{directory}/window-size-{known_by}.json"
     if file_facts(place) is not None:
         with open_input(place) as file:
             kept = int(json.loads(file.read())["rows_per_window"])
