@@ -32,7 +32,7 @@ PARALLEL_BYTES = 64 << 20
 """Files from this size on are scanned by several threads."""
 
 _CHUNK_BYTES = 8 << 20
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 128 << 10
 """The content of a file is known block by block, so that rows added at its end change the last one only."""
 
 _MAX_THREADS = 8
@@ -44,7 +44,7 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class LinesIndex:
-    """`offsets`: of every 16th row. `blocks` (n, 16): digest of each MiB, none where `known_as` is given."""
+    """`offsets`: of every 16th row. `blocks` (n, 16): digest of each block, none where `known_as` is given."""
 
     path: str
     format: FileFormat

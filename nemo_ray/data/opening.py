@@ -14,6 +14,7 @@ from nemo_ray.data.manifest import FileFormat
 from nemo_ray.data.remembered import remembered_scan
 from nemo_ray.data.unpack import split_compression, unpack
 from nemo_ray.errors import ConfigError
+from nemo_ray.hub_cache import show_bytes
 from nemo_ray.hub_datasets import local_path
 from nemo_ray.storage import is_url
 
@@ -73,3 +74,15 @@ def _open(file: NamedFile, directory: str) -> OpenedFile:
     except OSError as error:
         raise ConfigError(f"datasets: {file.path} cannot be read: {error.strerror or error}") from None
     return OpenedFile(path, file.name, form, index, unpacked)
+
+
+def unpacked_notices(files: Sequence[OpenedFile], key: str, directory: str) -> tuple[str, ...]:
+    """What the compressed files of an entry cost, in a line; none where there are none."""
+    sizes = [facts_of(file.path).size_bytes for file in files if file.unpacked]
+    if not sizes:
+        return ()
+    return (
+        f"{key}: {len(sizes)} compressed file{'s' if len(sizes) > 1 else ''} cannot be read in parts, so the "
+        f"content was unpacked once: {show_bytes(sum(sizes))} in {directory}/unpacked, to be deleted when no "
+        "run prepares data from there any more",
+    )

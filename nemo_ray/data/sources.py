@@ -25,7 +25,7 @@ from nemo_ray.data.entries import files_of
 from nemo_ray.data.files import RUN_ROWS, FileIndex, read_span
 from nemo_ray.data.held_out import choose_fraction, choose_rows
 from nemo_ray.data.manifest import FORMAT_VERSION, DataPlan, FileInfo, SourceInfo, Span, Window, digest
-from nemo_ray.data.opening import OpenedFile, open_files
+from nemo_ray.data.opening import OpenedFile, open_files, unpacked_notices
 from nemo_ray.data.prepare import encode_rows, row_columns
 from nemo_ray.data.splits import parse_split, taken_rows
 from nemo_ray.data.tables import TableIndex
@@ -34,8 +34,8 @@ from nemo_ray.data.tokenizer import LoadedTokenizer, TokenizerSpec, load_tokeniz
 from nemo_ray.data.window_size import kept_window_size
 from nemo_ray.data.windows import Block, Ranges, blocks_of, count_rows, without
 from nemo_ray.errors import ConfigError, DataError
-from nemo_ray.hub_cache import Say, show_bytes
-from nemo_ray.storage import file_facts, is_url
+from nemo_ray.hub_cache import Say
+from nemo_ray.storage import is_url
 
 PACKS_PER_WINDOW = 256
 _PROBED_ROWS = 256
@@ -54,7 +54,7 @@ class _Source:
     rows_per_window: int
     tokens_per_row: float
     settings: str
-    unpacked: tuple[str, ...]
+    notices: tuple[str, ...]
 
 
 def _print(text: str) -> None:
@@ -111,7 +111,7 @@ def plan_data(data: DataSection, base_model: str, directory: str, say: Say = _pr
         windows=tuple(windows),
         eval_windows=tuple(eval_windows),
         sources=tuple(infos),
-        notices=(*_unpacked_notices([*train, *test], directory), *_notices(data, loaded)),
+        notices=(*(line for source in (*train, *test) for line in source.notices), *_notices(data, loaded)),
         pad_id=loaded.pad_id,
     )
 
@@ -165,7 +165,7 @@ def _open_source(
         rows_per_window=kept_window_size(directory, digest(*known_by), wanted, last - first),
         tokens_per_row=tokens_per_row,
         settings=settings,
-        unpacked=tuple(file.path for file in opened if file.unpacked),
+        notices=unpacked_notices(opened, key, directory),
     )
 
 
@@ -275,8 +275,9 @@ def _held_out(sources: Sequence[_Source], val_set_size: float) -> list[list[Rang
 
 def _window(number: int, source: _Source, block: Block, packing: bool) -> Window:
     spans = tuple(source.indexes[file].span(file, start, stop - start) for file, start, stop in block)
-    rows: list[tuple[str, Span]] = [
-        (source.indexes[span.file].content(span), span._replace(file=0)) for span in spans
+    rows: list[tuple[str, str, Span]] = [
+        (source.files[span.file].format, source.indexes[span.file].content(span), span._replace(file=0))
+        for span in spans
     ]
     return Window(number, spans, count_rows(block), digest(FORMAT_VERSION, source.settings, packing, rows))
 
@@ -293,20 +294,6 @@ def _info(source: _Source, kept_out: list[Ranges], testing: bool) -> SourceInfo:
         evaluation_only=testing,
         weight=source.spec.weight,
     )
-
-
-def _unpacked_notices(sources: Sequence[_Source], directory: str) -> list[str]:
-    """What compressed files cost."""
-    notices = []
-    for source in sources:
-        sizes = [facts.size_bytes for path in source.unpacked if (facts := file_facts(path))]
-        if sizes:
-            notices.append(
-                f"{source.key}: {len(sizes)} compressed file{'s' if len(sizes) > 1 else ''} cannot be read "
-                f"in parts, so the content was unpacked once: {show_bytes(sum(sizes))} in "
-                f"{directory}/unpacked, to be deleted when no run prepares data from there any more"
-            )
-    return notices
 
 
 def _notices(data: DataSection, loaded: LoadedTokenizer) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 Lists of numbers come as NumPy arrays, one a row; everything else as plain Python values.
 """
 
+import bisect
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ class TableIndex:
 
     def span(self, file: int, first_row: int, num_rows: int) -> Span:
         """See FileIndex; `start`, `stop` are the groups that hold the rows."""
-        start = int(np.searchsorted(self.starts, first_row, side="right")) - 1
-        stop = int(np.searchsorted(self.starts, first_row + num_rows, side="left"))
+        start = bisect.bisect_right(self.starts, first_row) - 1
+        stop = bisect.bisect_left(self.starts, first_row + num_rows)
         return Span(file, start, stop, first_row, num_rows)
 
     def content(self, span: Span) -> str:

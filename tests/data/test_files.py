@@ -251,6 +251,16 @@ def test_compressed_files_are_unpacked_once_and_say_so(
     assert [w.key for w in plan(plain, base, tmp_path).windows] == [w.key for w in made.windows]
 
 
+def test_the_same_bytes_in_another_format_are_other_windows(base: Path, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [{"text": "the fox"}] * 20)
+    as_json, as_text = (
+        plan(section(path, dataset={"type": "completion", "ds_type": form}), base, tmp_path)
+        for form in ("json", "text")
+    )
+    assert as_json.windows[0].spans == as_text.windows[0].spans
+    assert as_json.windows[0].key != as_text.windows[0].key
+
+
 def test_a_truncated_compressed_file_is_refused(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(as_lines(chats(200)))[:-500])
