@@ -44,7 +44,7 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class LinesIndex:
-    """`offsets`: of every 16th row. `blocks` (n, 16): digest of each block, none where `known_as` is given."""
+    """`offsets`: of every 16th row. `blocks` (n, 16): digests of its blocks, none where `known_as` is."""
 
     path: str
     format: FileFormat
