@@ -299,6 +299,23 @@ def test_patterns_and_mixed_formats(base: Path, tmp_path: Path) -> None:
         assert all_rows(section(tmp_path / pattern), base, tmp_path) == wanted, pattern
 
 
+def test_empty_files_beside_others_are_no_matter(base: Path, tmp_path: Path) -> None:
+    rows = chats(10)
+    write_lines(tmp_path / "set" / "b.jsonl", rows)
+    for name, content in (
+        ("a.jsonl", b""),
+        ("c.parquet", as_parquet(rows[:1])),
+        ("d.jsonl.gz", gzip.compress(b"")),
+    ):
+        (tmp_path / "set" / name).write_bytes(content)
+    empty = pa.Table.from_pylist(rows).slice(0, 0)
+    pq.write_table(empty, tmp_path / "set" / "0.parquet")
+    assert all_rows(section(tmp_path / "set"), base, tmp_path) == rows + rows[:1]
+    (tmp_path / "array.json").write_text("[]")
+    with pytest.raises(DataError, match="holds no rows"):
+        plan(section(tmp_path / "array.json"), base, tmp_path)
+
+
 def test_shards_are_runs_of_consecutive_rows_that_share_all(base: Path, tmp_path: Path) -> None:
     rows = chats(103)
     path = write_lines(tmp_path / "rows.jsonl", rows)
