@@ -67,7 +67,10 @@ def measure(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
     def encode() -> list[list[int]]:
         """Lengths of each window's documents."""
         results = [encode_rows(some, t.spec, t.tokenizer, t.train_on_inputs) for t, some in rows]
-        return [[len(r.ids) for r in window if not isinstance(r, RowError)] for window in results]
+        return [
+            [len(sample.ids) for row in window if not isinstance(row, RowError) for sample in row]
+            for window in results
+        ]
 
     def read() -> int:
         """Tokens of an epoch, padding left out."""

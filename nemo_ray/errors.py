@@ -5,6 +5,8 @@ They cross Ray's process boundaries, so they carry nothing but their message and
 
 import sys
 
+from nemo_ray.visible import visible
+
 
 class NemoRayError(Exception):
     """Base of every error that is shown to the user as one line, without a traceback."""
@@ -37,5 +39,5 @@ class ClusterError(NemoRayError):
 def tell(error: NemoRayError) -> int:
     """What a command does with such an error: a line each on standard error; returns the exit code."""
     for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {visible(line)}", file=sys.stderr)
     return error.exit_code

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from nemo_ray.errors import ClusterError, NemoRayError
+from nemo_ray.visible import visible
 
 _LINE_CHARACTERS = 400
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -76,7 +77,7 @@ def one_line(error: BaseException) -> str:
     """One line for the user: our own message, else type and first line."""
     cause = root_cause(error)
     if isinstance(cause, NemoRayError):
-        return str(cause)
+        return visible(str(cause))
     lines = [line.strip() for line in _ANSI.sub("", str(cause)).splitlines() if line.strip()]
     first = lines[0] if lines else ""
     if "creation task" in first:  # Ray ends its message with what it met there

@@ -6,6 +6,8 @@
     adapter/ | model/  what the run is for
     completions.jsonl  {"prompt", "completion", "stage": "before" | "after", "step"}
     data_plan.json     the windows that the run began with
+    tensorboard/       event files;  wandb/: W&B's own;  trackers.json: the runs' ids in W&B and MLflow
+    rejected.jsonl     the rows that cannot be used, and why;  data.html: the data to look at, kept by `clear`
     progress.json      where the run is now;  stop: somebody asked it to end;  error.log: the full traceback
     prepared/          shards, where no dataset_prepared_path is given. Content-addressed: kept by `clear`
     .ray/              Ray Train's own storage
@@ -18,12 +20,20 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nemo_ray.storage import publish_bytes, publish_json, read_json, remove_tree
 
 PREPARED_NAME = "prepared"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+class MetricsListener(Protocol):
+    """Who else gets the rows of metrics.jsonl."""
+
+    def log(self, row: Mapping[str, Any]) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 class RunDir:
@@ -38,11 +48,17 @@ class RunDir:
         self.model_dir = self.path / "model"
         self.completions_file = self.path / "completions.jsonl"
         self.data_plan_file = self.path / "data_plan.json"
+        self.rejected_file = self.path / "rejected.jsonl"
+        self.data_page = self.path / "data.html"
         self.progress_file = self.path / "progress.json"
         self.stop_file = self.path / "stop"
         self.error_file = self.path / "error.log"
         self.ray_dir = self.path / ".ray"
+        self.tensorboard_dir = self.path / "tensorboard"
+        self.wandb_dir = self.path / "wandb"
+        self.trackers_file = self.path / "trackers.json"
         self.prepared_dir = self.path / PREPARED_NAME
+        self._listener: MetricsListener | None = None
 
     # -- does a run live here, and what else ------------------------------------------------------
 
@@ -54,7 +70,8 @@ class RunDir:
     def _owned(self) -> tuple[Path, ...]:
         """Everything that `clear` removes."""
         helpers = (self.progress_file, self.stop_file, self.error_file, self.data_plan_file, self.ray_dir)
-        return (*self._results(), *helpers, self.run_json)
+        trackers = (self.tensorboard_dir, self.wandb_dir, self.trackers_file)
+        return (*self._results(), *helpers, *trackers, self.rejected_file, self.run_json)
 
     def holds_run(self) -> bool:
         """Whether a run lives here (finished, broken off or under way)."""
@@ -78,7 +95,7 @@ class RunDir:
         """Names in the folder that no run writes; hidden files and *.log do not count."""
         if not self.path.is_dir():
             return []
-        own = {path.name for path in self._owned()} | {PREPARED_NAME}
+        own = {path.name for path in self._owned()} | {PREPARED_NAME, self.data_page.name}
         return sorted(
             name
             for name in os.listdir(self.path)
@@ -109,11 +126,30 @@ class RunDir:
         """Merge top-level keys into run.json. One writer at a time: the driver, while it trains rank 0."""
         self.write_run({**self.read_run(), **facts})
 
+    def read_trackers(self) -> dict[str, str]:
+        """trackers.json, or {} where there is none."""
+        return dict(_read_json_or_none(self.trackers_file) or {})
+
+    def write_trackers(self, ids: Mapping[str, str]) -> None:
+        """Keep the ids of this run in trackers, by name."""
+        publish_json(self.trackers_file, dict(ids))
+
     # -- metrics.jsonl and completions.jsonl ------------------------------------------------------
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one row and flush it."""
+        """Append one row, flush it, and tell the listener."""
         _append_jsonl(self.metrics_file, row)
+        if self._listener is not None:
+            self._listener.log(row)
+
+    def listen(self, listener: MetricsListener) -> None:
+        """From now on, every row that is appended through this object is told to `listener` too."""
+        self._listener = listener
+
+    def flush_metrics(self) -> None:
+        """Have the listener write what it was told: called before a checkpoint gets its name."""
+        if self._listener is not None:
+            self._listener.flush()
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete rows; a line cut short by a kill is left out."""
@@ -138,16 +174,20 @@ class RunDir:
         """Where the checkpoint of `step` lies once it is complete."""
         return self.checkpoints_dir / f"step-{step}"
 
-    def complete_checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
         if not self.checkpoints_dir.is_dir():
             return []
         found = []
         for path in self.checkpoints_dir.iterdir():
             match = _STEP_FOLDER.fullmatch(path.name)
             if match and (path / "state.json").is_file():
-                found.append((int(match.group(1)), path))
-        return [path for _, path in sorted(found)]
+                found.append(int(match.group(1)))
+        return sorted(found)
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return [self.checkpoint_dir(step) for step in self.checkpoint_steps()]
 
     def newest_checkpoint(self) -> Path | None:
         """The complete checkpoint with the highest step, or None."""

@@ -114,3 +114,13 @@ def test_stop_and_progress_are_forgotten_before_a_new_start(run: RunDir) -> None
     run.clear_stop()
     assert not run.stop_requested() and run.read_progress() == {}
     assert list(run.path.iterdir()) == []
+
+
+def test_a_page_looked_at_before_the_run_is_the_runs_own(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    for path in (run.data_page, run.rejected_file):
+        path.write_text("x")
+    assert run.foreign_entries() == [] and not run.has_results()
+    run.clear()
+    assert run.data_page.exists() and not run.rejected_file.exists()

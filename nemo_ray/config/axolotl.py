@@ -46,6 +46,8 @@ RENAMED: dict[str, str] = {
     "sequence_parallel_degree": "context_parallel_size",
 }
 RENAMED_IN_DATASETS: dict[str, str] = {
+    "chat_template_jinja": "chat_template",
+    "field_thinking": "message_property_mappings.reasoning_content",
     "message_field_content": "message_property_mappings.content",
     "message_field_role": "message_property_mappings.role",
 }
@@ -76,38 +78,16 @@ FOREIGN_IN_DATASETS: tuple[Foreign, ...] = (
     notice("trust_remote_code", "never needed: no code of a dataset is run"),
     notice("preprocess_shards", "rows are always prepared a window at a time"),
     refuse(
-        "roles_to_train", "only the assistant's turns are targets; remove the key", (["assistant"], ["gpt"])
-    ),
-    notice(
-        "train_on_eos train_on_eot",
-        "the chat template's generation marks say which end tokens are targets",
-        ("turn",),
-    ),
-    refuse("field_tools", "the tools of a row are read from its field tools; rename the field", ("tools",)),
-    refuse(
-        "field_thinking",
-        "name the field in message_property_mappings as reasoning_content instead",
-        ("reasoning_content", "thinking"),
+        "template_thinking_key",
+        "the reasoning reaches the template as reasoning_content; name another in message_property_mappings",
+        ("reasoning_content",),
     ),
     refuse(
-        "roles",
-        "human is read as user and gpt as assistant, other names are not translated; rename them in the rows",
-        (
-            {"user": ["human", "user"], "assistant": ["gpt", "assistant"]},
-            {"user": ["human", "user"], "assistant": ["gpt", "assistant"], "system": ["system"]},
-            {"user": ["user"], "assistant": ["assistant"]},
-            {"user": ["human"], "assistant": ["gpt"]},
-        ),
-    ),
-    refuse(
-        "drop_system_message split_thinking template_thinking_key "
-        "field_system message_field_training message_field_training_detail chat_template "
-        "chat_template_jinja field_human field_model field_instruction field_input field_output format "
-        "no_input_format system_prompt system_format input_format input_transform conversation "
+        "split_thinking field_human field_model input_format input_transform conversation "
         "step_separator max_completion_length train_on_last_step_only logprobs_field temperature skip",
         "not supported yet; write the rows in the form that the dataset's other keys describe, or choose "
         "them by split",
-        (False, "tokenizer_default"),
+        (False, 0),
     ),
 )
 

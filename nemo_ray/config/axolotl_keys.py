@@ -163,14 +163,14 @@ FOREIGN: tuple[Foreign, ...] = (
     refuse("shuffle_merged_datasets", "packs are always shuffled by seed; remove the key", (True,)),
     refuse(
         "skip_prepare_dataset dataset_exact_deduplication dataset_shard_num dataset_shard_idx min_sample_len "
-        "eval_sequence_len pretraining_dataset pretraining_sample_concatenation default_system_message "
-        "chat_template_kwargs field_messages message_property_mappings",
+        "eval_sequence_len pretraining_sample_concatenation default_system_message field_messages "
+        "message_property_mappings",
         "not supported at the top level; choose and shape the rows in datasets (plain text: type: "
         "completion)",
     ),
-    notice(
-        "eot_tokens train_on_eos train_on_eot roles_to_train",
-        "the chat template's generation marks say what is a target",
+    refuse(
+        "train_on_eos train_on_eot roles_to_train",
+        "what is trained is said for each dataset; give the key in its entry of datasets",
     ),
     refuse(
         "tokens additional_special_tokens added_tokens_overrides resize_token_embeddings_to_32x "
@@ -227,22 +227,25 @@ FOREIGN: tuple[Foreign, ...] = (
         "only supervised training on the next token is in this version; remove the key",
     ),
     refuse(
-        "load_best_model_at_end metric_for_best_model greater_is_better early_stopping_patience "
         "loss_watchdog_threshold loss_watchdog_patience",
-        "choosing or stopping by a metric is not supported yet; remove the key, and pick a checkpoint from "
-        "metrics.jsonl",
+        "stopping by the training loss is not supported; remove the key (early_stopping_patience stops by "
+        "the held-out loss)",
     ),
     refuse("tune", "sweeps are not supported yet; remove the section"),
     # Reports and files.
     notice(
-        "wandb_project wandb_entity wandb_watch wandb_name wandb_log_model wandb_mode wandb_run_id "
-        "use_wandb use_mlflow mlflow_experiment_name mlflow_run_name mlflow_tracking_uri "
-        "hf_mlflow_log_artifacts use_tensorboard use_comet comet_api_key comet_experiment_config "
+        "wandb_watch wandb_log_model hf_mlflow_log_artifacts",
+        "trackers get figures and the configuration, no gradients, weights or files",
+        (False, "false"),
+    ),
+    notice("use_tensorboard", "event files are always written, to output_dir/tensorboard", (True,)),
+    notice(
+        "use_comet comet_api_key comet_experiment_config "
         "comet_experiment_key comet_mode comet_online comet_project_name comet_workspace use_swanlab "
         "swanlab_project swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace "
         "swanlab_api_key swanlab_log_model use_trackio trackio_project_name trackio_run_name "
         "trackio_space_id use_otel_metrics otel_metrics_host otel_metrics_port",
-        "trackers are not in this version; metrics.jsonl in output_dir has the figures",
+        "the trackers are TensorBoard, W&B and MLflow; metrics.jsonl in output_dir has the figures",
     ),
     notice("include_tokens_per_second include_tkps", "tokens per second are in metrics.jsonl", (False, True)),
     notice(

@@ -9,6 +9,13 @@ import os
 import re
 from collections.abc import Iterator
 
+from nemo_ray.config.dataset_checks import format_notices, format_rules, template_path_errors
+from nemo_ray.config.evaluation_checks import (
+    evaluation_notices,
+    evaluation_rules,
+    tracker_notices,
+    tracker_rules,
+)
 from nemo_ray.config.schema import AdapterSection, Config, DatasetSpec
 from nemo_ray.config.translate import show
 
@@ -30,6 +37,8 @@ def rule_errors(config: Config, adapter_named: bool) -> list[str]:
     return [
         *_adapter_rules(config, adapter_named),
         *_schedule_rules(config),
+        *evaluation_rules(config),
+        *tracker_rules(config),
         *_data_rules(config),
         *_cluster_rules(config),
     ]
@@ -103,13 +112,6 @@ def _data_rules(config: Config) -> Iterator[str]:
             f"val_set_size: {config.val_set_size} and test_datasets both say what is held out; keep one "
             "(val_set_size: 0)"
         )
-    if config.chat_template != "tokenizer_default" and not config.chat_template.endswith(
-        (".jinja", ".jinja2")
-    ):
-        yield (
-            f"chat_template: {show(config.chat_template)} is not a file; give tokenizer_default, or the "
-            "path of a .jinja file (named and inline templates are not built in)"
-        )
     for token in config.special_tokens:
         if token not in _TOKENS:
             yield f"special_tokens.{token}: cannot be set here; only {', '.join(_TOKENS)} can"
@@ -125,6 +127,8 @@ def _data_rules(config: Config) -> Iterator[str]:
                 f"{key}.shards_idx: {spec.shards_idx} is no part of shards: {spec.shards}; give a number "
                 f"below {spec.shards}"
             )
+
+    yield from format_rules(config)
 
 
 def _cluster_rules(config: Config) -> Iterator[str]:
@@ -164,12 +168,13 @@ def rule_notices(config: Config) -> list[str]:
     rhythm = [name for name in ("evals_per_epoch", "eval_steps") if _given(config, name)]
     if rhythm and not config.val_set_size and not config.test_datasets:
         notices.append(f"{rhythm[0]}: not used, since val_set_size and test_datasets hold out no rows")
+    notices += format_notices(config)
     if _given(config, "revision_of_model") and not is_hub_id(config.base_model):
         notices.append("revision_of_model: not used, since base_model is a folder, not a hub id")
     for key, spec in _specs(config):
         if spec.revision is not None and not is_hub_dataset(spec.path):
             notices.append(f"{key}.revision: not used, since {show(spec.path)} is no dataset of the hub")
-    return notices
+    return [*notices, *evaluation_notices(config), *tracker_notices(config)]
 
 
 def support_errors(config: Config) -> list[str]:
@@ -219,11 +224,7 @@ def path_errors(config: Config) -> list[str]:
         )
     for key, spec in _specs(config):
         errors += _dataset_errors(key, spec)
-    if config.chat_template != "tokenizer_default" and not os.path.isfile(config.chat_template):
-        errors.append(
-            f"chat_template: {show(config.chat_template)} is not a file; give the path of a .jinja file"
-        )
-    return errors
+    return [*errors, *template_path_errors(config)]
 
 
 def is_hub_id(base_model: str) -> bool:

@@ -17,6 +17,7 @@ from nemo_ray.config.schema import (
     ModelSection,
     RaySection,
     Section,
+    TrackingSection,
     TrainSection,
 )
 from nemo_ray.config.translate import FOLDED_KEYS
@@ -38,6 +39,7 @@ _SECTIONS: tuple[tuple[str, type[Section], str], ...] = (
     ("Data", DataSection, ""),
     ("An entry of `datasets` or `test_datasets`", DatasetSpec, ""),
     ("Training", TrainSection, ""),
+    ("Trackers", TrackingSection, ""),
     ("The `ray` section", RaySection, "ray."),
 )
 

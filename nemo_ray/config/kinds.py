@@ -1,5 +1,6 @@
 """The kinds of value that keys take, each with its words, for the reference and for error messages."""
 
+import json
 import os
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -40,9 +41,21 @@ def _rows_or_fraction(value: float) -> float:
     return int(value) if value >= 1 else value
 
 
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """As another process reads them: a date of YAML becomes its text."""
+    result: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return result
+
+
+def _metric(value: str) -> str:
+    """As in transformers, `loss` is short for `eval_loss`."""
+    return value if value.startswith("eval_") else f"eval_{value}"
+
+
 Bool = Annotated[bool, Strict(), Kind("true or false")]
 Text = Annotated[str, Field(min_length=1), Kind("text")]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser), Kind("a path")]
+Metric = Annotated[Text, AfterValidator(_metric), Kind("eval_loss or eval_loss/NAME")]
 TextList = Annotated[tuple[Text, ...], BeforeValidator(_as_list), Kind("a list of text")]
 ModuleList = Annotated[TextList, AfterValidator(_module_names), Kind("a list of text")]
 PathList = Annotated[tuple[PathText, ...], BeforeValidator(_as_list), Kind("a list of paths")]
@@ -62,6 +75,8 @@ Resources = Annotated[dict[Text, NonNegative], Kind("a map from resource name to
 RankPattern = Annotated[dict[Text, PositiveInt], Kind("a map from text to a whole number above 0")]
 AlphaPattern = Annotated[dict[Text, Positive], Kind("a map from text to a number above 0")]
 Mapping = Annotated[dict[Text, Text], Kind("a map from text to text")]
+RolesMap = Annotated[dict[Text, TextList], Kind("a map from a role to a list of its names")]
+Arguments = Annotated[dict[Text, Any], AfterValidator(_as_json), Kind("a map from text to values")]
 
 
 def describe(hint: Any) -> str:

@@ -11,12 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from nemo_ray.config.checks import path_errors, rule_errors, rule_notices, support_errors
+from nemo_ray.config.dataset_folds import name_tokenized
 from nemo_ray.config.kinds import kinds_of
 from nemo_ray.config.nearest import dotted, unknown_key
 from nemo_ray.config.overrides import apply_override
 from nemo_ray.config.schema import Config, DatasetSpec, RaySection, Section
 from nemo_ray.config.translate import (
     DATASET_KEYS,
+    dataset_entries,
     drop_absent,
     keys_that_swallowed_a_value,
     rename_keys,
@@ -54,6 +56,7 @@ def load_config(
     # Again, for whole sections that overrides have set.
     _raise([*errors, *rename_keys(raw), *keys_that_swallowed_a_value(raw)])
     adapter_named = "adapter" in raw
+    name_tokenized([entry for _, _, entry in dataset_entries(raw)])
     raw = drop_absent(raw)
     found = translate(raw)
     try:

@@ -10,12 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nemo_ray.config.kinds import (
     AlphaPattern,
+    Arguments,
     Bool,
     FailureCount,
     Fraction,
     HeldOut,
     Kind,
     Mapping,
+    Metric,
     ModuleList,
     NonNegative,
     NonNegativeInt,
@@ -26,6 +28,7 @@ from nemo_ray.config.kinds import (
     RankPattern,
     Ratio,
     Resources,
+    RolesMap,
     Seed,
     Text,
     TextList,
@@ -154,10 +157,16 @@ class DatasetSpec(Section):
         description="Branch, tag or commit of a hub dataset.",
         json_schema_extra={"default_text": "main"},
     )
-    type: Literal["chat_template", "completion"] = Field(
+    type: Literal[
+        "chat_template", "prompt_completion", "alpaca", "input_output", "completion", "pretrain", "tokenized"
+    ] = Field(
         "chat_template",
-        description="`chat_template`: rows hold a conversation, rendered by the chat template; assistant "
-        "tokens are the targets. `completion`: rows hold plain text, every token is a target.",
+        description="What a row holds (docs/formats.md shows each). `chat_template`: a conversation, "
+        "rendered by the chat template; the assistant's turns are trained. `prompt_completion`: a prompt "
+        "and its completion, as text or as messages; the completion is trained. `alpaca`: instruction, "
+        "input and output; the output is trained. `input_output`: segments of text, each trained or not. "
+        "`completion`: plain text, all of it trained. `pretrain`: the same, and a text longer than "
+        "`sequence_len` becomes several documents. `tokenized`: `input_ids` and `labels`.",
     )
     split: Text | None = Field(
         None,
@@ -187,7 +196,92 @@ class DatasetSpec(Section):
         {"role": "role", "content": "content"},
         description="Name in the chat template: field of a message. Fields that are not named keep theirs.",
     )
-    field: Text = Field("text", description="Field of a `completion` row that holds the text.")
+    field: Text = Field("text", description="Field of a `completion` or `pretrain` row that holds the text.")
+    roles: RolesMap = Field(
+        {},
+        description="Role in the chat template: names that it has in the rows, such as `{assistant: [bot]}`. "
+        "Other roles keep theirs.",
+        json_schema_extra={"default_text": "`{user: [human], assistant: [gpt]}`"},
+    )
+    roles_to_train: TextList = Field(
+        ("assistant",),
+        description="Roles whose turns are trained. `[]`: only what `message_field_training` says.",
+        json_schema_extra={"default_text": "`[assistant]`"},
+    )
+    message_field_training: Text | None = Field(
+        None,
+        description="Field of a message that says, true or false, whether its turn is trained; it wins over "
+        "`roles_to_train`.",
+    )
+    message_field_training_detail: Text | None = Field(
+        None,
+        description="Field of a message that lists parts of its content: "
+        "`{begin_offset, end_offset, train}`, in characters, the last one included. Only parts with "
+        "`train: true` are trained, and the token that ends the turn.",
+    )
+    train_on_eos: Literal["all", "turn", "last", "none"] | None = Field(
+        None,
+        description="Whether the eos token is trained where it ends a turn: of every turn, of every trained "
+        "turn, of the last trained turn, or never.",
+        json_schema_extra={"default_text": "as the template's marks say; without marks, `turn`"},
+    )
+    train_on_eot: Literal["all", "turn", "last", "none"] | None = Field(
+        None,
+        description="The same for the other tokens of `eot_tokens`.",
+        json_schema_extra={"default_text": "as train_on_eos"},
+    )
+    eot_tokens: TextList = Field((), description="As at the top level, for this dataset.")
+    drop_system_message: Bool = Field(
+        False, description="Leave out a chat's first turn if it is a system turn."
+    )
+    field_system: Text | None = Field(
+        None,
+        description="Field of a row that holds a system message, put before a chat without one; for "
+        "`alpaca`, the field that takes the place of `system_prompt`.",
+        json_schema_extra={"default_text": "`system` for chats"},
+    )
+    field_tools: Text = Field(
+        "tools",
+        description="Field of a row that holds its tools: a list of objects, or the same as JSON text.",
+    )
+    chat_template: Annotated[PathText | None, Kind("tokenizer_default or a path")] = Field(
+        None,
+        description="Another chat template for this dataset.",
+        json_schema_extra={"default_text": "as at the top level"},
+    )
+    chat_template_kwargs: Arguments = Field(
+        {}, description="As at the top level, for this dataset; a name given here wins."
+    )
+    field_prompt: Text = Field("prompt", description="Field of a `prompt_completion` row: text or messages.")
+    field_completion: Text = Field("completion", description="The field with what follows the prompt.")
+    field_segments: Text = Field(
+        "segments", description="Field of an `input_output` row: a list of `{label: true or false, text}`."
+    )
+    field_instruction: Text = Field("instruction", description="Field of an `alpaca` row with the task.")
+    field_input: Text = Field(
+        "input", description="The field with its input; absent or empty, there is none."
+    )
+    field_output: Text = Field("output", description="The field with the answer, which is trained.")
+    system_prompt: Annotated[str | None, Kind("text, or empty text")] = Field(
+        None,
+        description="What an `alpaca` prompt begins with; empty text for nothing.",
+        json_schema_extra={"default_text": "Alpaca's own sentence"},
+    )
+    system_format: Text = Field(
+        "{system}\n\n",
+        description="How an `alpaca` prompt writes it: `{system}` stands for the text.",
+        json_schema_extra={"default_text": "`{system}` and a blank line"},
+    )
+    format: Text = Field(
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n",
+        description="The rest of an `alpaca` prompt, with `{instruction}` and `{input}` in their places.",
+        json_schema_extra={"default_text": "Alpaca's own"},
+    )
+    no_input_format: Text = Field(
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+        description="The same where there is no input.",
+        json_schema_extra={"default_text": "Alpaca's own"},
+    )
 
 
 class DataSection(Section):
@@ -226,12 +320,28 @@ class DataSection(Section):
         "drop",
         description="A row longer than `sequence_len` is left out, or cut at the end. Both are counted.",
     )
+    max_rejected_share: Ratio = Field(
+        0.05,
+        description="The run stops when more than this part of all rows is rejected, which means that they "
+        "cannot be used; `rejected.jsonl` lists them. Below 0.5 it stops early where more than half of the "
+        "first rows are: 2,000 or more, of two windows or more. Rows that are too long are not rejected.",
+    )
     train_on_inputs: Bool = Field(
         False, description="Make every token of a conversation a target, not only the answers."
     )
     chat_template: Annotated[PathText, Kind("tokenizer_default or a path")] = Field(
         "tokenizer_default",
         description="`tokenizer_default` (the one in the base model's folder), or a .jinja file.",
+    )
+    chat_template_kwargs: Arguments = Field(
+        {},
+        description="Values that the chat template sees by their names, such as `{enable_thinking: false}` "
+        "or `{truncate_history_thinking: false}`.",
+    )
+    eot_tokens: TextList = Field(
+        (),
+        description="Tokens that end a turn, for `train_on_eos` and `train_on_eot`.",
+        json_schema_extra={"default_text": "the eos token"},
     )
     special_tokens: Mapping = Field(
         {},
@@ -304,7 +414,30 @@ class TrainSection(Section):
         None, description="Steps from one checkpoint to the next, instead of `saves_per_epoch`."
     )
     save_total_limit: PositiveInt | None = Field(
-        None, description="Checkpoints that are kept; without it, all."
+        None,
+        description="Checkpoints that are kept; without it, all. With `load_best_model_at_end` the best one "
+        "is always among them, beside the newest.",
+    )
+    load_best_model_at_end: Bool = Field(
+        False,
+        description="Write as the result the weights of the evaluation with the lowest "
+        "`metric_for_best_model`, instead of the last ones. A checkpoint is also written at every evaluation "
+        "that is the best so far.",
+    )
+    metric_for_best_model: Metric = Field(
+        "eval_loss",
+        description="What the best evaluation is chosen by, and early stopping goes by: the loss over all "
+        "held-out rows, or that of one dataset, by the name that it has in metrics.jsonl. The evaluation at "
+        "step 0 does not count.",
+    )
+    greater_is_better: Bool = Field(False, description="Must be `false`, since every metric here is a loss.")
+    early_stopping_patience: PositiveInt | None = Field(
+        None,
+        description="The run ends after so many evaluations in a row that were not better than the best one "
+        "before.",
+    )
+    early_stopping_threshold: NonNegative = Field(
+        0.0, description="By how much an evaluation must be better to count for `early_stopping_patience`."
     )
     seed: Seed = Field(42, description="Seed of the order of packs, of new weights and of dropout.")
     resume_from_checkpoint: Annotated[PathText | None, Kind("auto or a path")] = Field(
@@ -322,6 +455,58 @@ class TrainSection(Section):
         (), description="Prompts completed before and after training, into completions.jsonl."
     )
     completion_max_new_tokens: PositiveInt = Field(48, description="Tokens of such a completion, at most.")
+
+
+class TrackingSection(Section):
+    """Which trackers get the figures, beside TensorBoard."""
+
+    use_wandb: Bool | None = Field(
+        None,
+        description="Send the figures to Weights & Biases (`pip install nemo-ray[wandb]`); see "
+        "[tracking.md](tracking.md).",
+        json_schema_extra={"default_text": "where `wandb_project` is given"},
+    )
+    wandb_project: Text | None = Field(None, description="Project in W&B.")
+    wandb_entity: Text | None = Field(None, description="User or team that the project belongs to.")
+    wandb_name: Text | None = Field(
+        None, description="Name of the run.", json_schema_extra={"default_text": "that of `output_dir`"}
+    )
+    wandb_run_id: Text | None = Field(
+        None,
+        description="Id of the run. A continued run has the id that it began with.",
+        json_schema_extra={"default_text": "a new one"},
+    )
+    wandb_mode: Literal["online", "offline", "disabled"] | None = Field(
+        None,
+        description="`offline` writes to `output_dir/wandb`, for `wandb sync`; `disabled` sends nothing.",
+        json_schema_extra={"default_text": "WANDB_MODE, else online"},
+    )
+    use_mlflow: Bool | None = Field(
+        None,
+        description="Send the figures to MLflow (`pip install nemo-ray[mlflow]`); see "
+        "[tracking.md](tracking.md).",
+        json_schema_extra={"default_text": "where `mlflow_experiment_name` is given"},
+    )
+    mlflow_tracking_uri: Text | None = Field(
+        None, description="The server.", json_schema_extra={"default_text": "MLFLOW_TRACKING_URI"}
+    )
+    mlflow_experiment_name: Text | None = Field(
+        None,
+        description="Experiment that the run belongs to.",
+        json_schema_extra={"default_text": "`Default`"},
+    )
+    mlflow_run_name: Text | None = Field(
+        None, description="Name of the run.", json_schema_extra={"default_text": "that of `output_dir`"}
+    )
+
+    @property
+    def sends_to_wandb(self) -> bool:
+        wanted = self.wandb_project is not None if self.use_wandb is None else self.use_wandb
+        return wanted and self.wandb_mode != "disabled"
+
+    @property
+    def sends_to_mlflow(self) -> bool:
+        return self.mlflow_experiment_name is not None if self.use_mlflow is None else self.use_mlflow
 
 
 class RaySection(Section):
@@ -355,7 +540,7 @@ class RaySection(Section):
     )
 
 
-class Config(TrainSection, DataSection, AdapterSection, ModelSection):
+class Config(TrackingSection, TrainSection, DataSection, AdapterSection, ModelSection):
     """A whole run, flat like the YAML; parts of the code are handed only their section."""
 
     ray: Annotated[RaySection, Kind("a section of keys")] = Field(
@@ -383,6 +568,10 @@ class Config(TrainSection, DataSection, AdapterSection, ModelSection):
     @property
     def train(self) -> TrainSection:
         return self.section(TrainSection)
+
+    @property
+    def tracking(self) -> TrackingSection:
+        return self.section(TrackingSection)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `Config.model_validate` reads it back to an equal configuration."""

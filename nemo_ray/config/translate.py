@@ -20,6 +20,7 @@ from nemo_ray.config.axolotl import (
     lookup,
 )
 from nemo_ray.config.axolotl_keys import FOREIGN
+from nemo_ray.config.dataset_folds import fold_pretraining, fold_type
 
 Raw = dict[str, Any]
 DATASET_KEYS = ("datasets", "test_datasets")
@@ -133,6 +134,7 @@ def translate(raw: Raw) -> Findings:
             # The hub library's way to name local files: a format for a path.
             entry.setdefault("ds_type", entry["path"])
             entry["path"] = "."
+        found.errors += fold_type(entry, f"{name}.{index}.")
         mapping = entry.get("message_property_mappings")
         if isinstance(mapping, dict):
             entry["message_property_mappings"] = {"role": "role", "content": "content"} | mapping
@@ -256,6 +258,10 @@ def _fold_plugins(raw: Raw, found: Findings) -> None:
             )
 
 
+def _fold_pretraining(raw: Raw, found: Findings) -> None:
+    found.errors += fold_pretraining(raw)
+
+
 def _fold_strategy(key: str, steps: str, per_epoch: str, never: str) -> Callable[[Raw, Findings], None]:
     def fold(raw: Raw, found: Findings) -> None:
         value = raw.pop(key)
@@ -284,6 +290,7 @@ _FOLDS: dict[str, Callable[[Raw, Findings], None]] = {
     "auto_resume_from_checkpoints": _fold_resume,
     "max_grad_norm": _fold_grad_norm,
     "plugins": _fold_plugins,
+    "pretraining_dataset": _fold_pretraining,
     "eval_strategy": _fold_strategy(
         "eval_strategy",
         "eval_steps",
@@ -304,5 +311,6 @@ FOLDED_KEYS: dict[str, str] = {
     "eval_strategy": "`epoch` is `evals_per_epoch: 1`, `steps` is `eval_steps`, `no` leaves only the first "
     "and last",
     "plugins": "known names get one line each, unknown ones are an error; no plugin code is run",
+    "pretraining_dataset": "its entries become datasets of `type: pretrain`; `text_column` is their `field`",
     "save_strategy": "`epoch` is `saves_per_epoch: 1`, `steps` is `save_steps`, `no` leaves only the last",
 }

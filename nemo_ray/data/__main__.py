@@ -1,55 +1,72 @@
 """`python -m nemo_ray.data CONFIG [key=value ...]`: prepare it all, or show examples (`--show N`)."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
-from nemo_ray import hub, session
+from nemo_ray import hub
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config
+from nemo_ray.data.charts import number
+from nemo_ray.data.examples import Probe, probe_sources
 from nemo_ray.data.manifest import DataPlan
-from nemo_ray.data.order import window_order
-from nemo_ray.data.show import show_examples
+from nemo_ray.data.page import data_page
+from nemo_ray.data.page_facts import PAGE_EXAMPLES, page_facts
+from nemo_ray.data.preparing import INTERRUPTED, Interrupts, prepare_missing, stopped_line
+from nemo_ray.data.show import show_probes
 from nemo_ray.data.sources import plan_data
 from nemo_ray.data.statistics import data_statistics, describe
-from nemo_ray.errors import NemoRayError, tell
+from nemo_ray.errors import DataError, NemoRayError, tell
 from nemo_ray.run_dir import RunDir
+from nemo_ray.storage import publish_bytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 2 for a wrong configuration, 1 for unusable data."""
     parser = argparse.ArgumentParser(
-        prog="python -m nemo_ray.data", description="Prepare a configuration's data."
+        prog="python -m nemo_ray.data",
+        description="Prepare a configuration's data, and write a page about it: OUTPUT_DIR/data.html.",
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     parser.add_argument(
-        "--show", type=int, metavar="N", help="print N examples of each dataset, and prepare nothing"
+        "--show", type=_whole, metavar="N", help="print N examples of each dataset, and prepare nothing"
     )
-    options = parser.parse_args(arguments)
-    try:
-        loaded = load_config(options.config, options.overrides)
-        for notice in loaded.notices:
-            print(f"note: {notice}")
-        config = hub.pin(loaded.config, weights=False, here=False)
-        model = hub.reference(config)
-        plan = plan_data(config.data, model, prepared_directory(config))
-        for notice in plan.notices:
-            print(f"note: {notice}")
-        if options.show is not None:
-            show_examples(plan, config.data, model, options.show, Console(highlight=False))
-        else:
-            _prepare(plan, config)
-    except NemoRayError as error:
-        return tell(error)
-    except KeyboardInterrupt:
-        return 130
+    options = parser.parse_intermixed_args(arguments)
+    console = Console(highlight=False)
+    plan: DataPlan | None = None
+    with Interrupts() as interrupts:
+        try:
+            loaded = load_config(options.config, options.overrides)
+            for notice in loaded.notices:
+                _say(f"note: {notice}", console)
+            config = hub.pin(loaded.config, weights=False, here=False)
+            plan = plan_data(config.data, hub.reference(config), prepared_directory(config))
+            for notice in plan.notices:
+                _say(f"note: {notice}", console)
+            if options.show is not None:
+                probes = probe_sources(plan, config.data, hub.reference(config), options.show)
+                show_probes(plan, probes, console)
+                _write_page(plan, config, probes, console)
+            else:
+                _prepare(plan, config, console, interrupts)
+        except NemoRayError as error:
+            return tell(error)
+        except KeyboardInterrupt:
+            _say("stopped" if plan is None else stopped_line(plan), console)
+            return INTERRUPTED
     return 0
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 0 or more")
+    return int(text)
 
 
 def prepared_directory(config: Config) -> str:
@@ -59,37 +76,38 @@ def prepared_directory(config: Config) -> str:
     return str(RunDir(Path(config.output_dir)).prepared_dir)
 
 
-def _prepare(plan: DataPlan, config: Config) -> None:
-    print(f"{len(plan.windows) + len(plan.eval_windows)} windows -> {plan.directory}", flush=True)
+def _say(line: str, console: Console) -> None:
+    console.print(Text(line), soft_wrap=True)
+
+
+def _prepare(plan: DataPlan, config: Config, console: Console, interrupts: Interrupts) -> None:
+    windows = f"{len(plan.windows) + len(plan.eval_windows):,} windows"
+    _say(f"{windows} -> {plan.directory}", console)
     started = time.monotonic()
-    environment = session.Environment()
-    address = session.address_to_join(config.ray, os.environ)
-    if address is None:
-        session.start_local(os.cpu_count() or 1, environment)
-    else:
-        session.connect(address, environment, hub.variables_to_pass_on(config, os.environ))
-    from nemo_ray.data.pipeline import prepare  # imports Ray, which reads its environment then
-
-    try:
-        prepare(
-            plan,
-            config.data,
-            hub.reference(config),
-            order=window_order(plan, config.seed),
-            progress=_print_progress,
-        )
-    finally:
-        session.shutdown()
-        environment.restore()
+    made = prepare_missing(plan, config, console, interrupts)
+    elapsed_s = time.monotonic() - started
     for line in describe(data_statistics(plan)):
-        print(line)
-    print(f"prepared in {time.monotonic() - started:.1f} s, Ray's start included")
+        _say(line, console)
+    rejected = RunDir(config.output_dir).rejected_file
+    if rejected.exists():
+        _say(f"rejected rows are listed in {rejected}", console)
+    _say(f"shards: {plan.directory}", console)
+    if made is None:
+        _say(f"all {windows} were prepared already", console)
+    else:
+        speed = f"{number(made.new_rows)} rows, {number(made.new_tokens / elapsed_s)} tokens/s"
+        _say(f"prepared in {elapsed_s:.1f} s, Ray's start included: {speed}", console)
+    probes = probe_sources(plan, config.data, hub.reference(config), PAGE_EXAMPLES)
+    _write_page(plan, config, probes, console)
 
 
-def _print_progress(ready: int, windows: int) -> None:
-    """About ten lines, whatever the number of windows."""
-    if ready == windows or ready % max(windows // 10, 1) == 0:
-        print(f"{ready}/{windows} windows", flush=True)
+def _write_page(plan: DataPlan, config: Config, probes: Sequence[Probe], console: Console) -> None:
+    path = RunDir(config.output_dir).data_page
+    try:
+        publish_bytes(path, data_page(page_facts(plan, config, probes)).encode())
+    except OSError as error:
+        raise DataError(f"output_dir: {path} cannot be written: {error.strerror or error}") from None
+    _say(f"page: {path}", console)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Rows to samples: token ids and which of them are targets.
+"""Texts to samples: token ids and which of them are targets.
 
-Text is encoded in pieces that are cut where cutting changes no id (next to special tokens), so that a piece
-is a target wholly, or not at all, or after a header whose ids are known. Where that cannot be shown, the
-piece is encoded with character offsets and masked by them, as transformers does: slower, equally exact.
+What a row's text is, and what of it is trained, is said by its format (formats/). A text is encoded in pieces
+that are cut where cutting changes no id (next to special tokens), so that a piece is a target wholly, or not
+at all, or after a header whose ids are known. Where that cannot be shown, the piece is encoded with character
+offsets and masked by them, as transformers does: slower, equally exact.
 
     <|im_start|>user\\nHow?<|im_end|>\\n<|im_start|> | assistant\\nLike this.<|im_end|> | \\n
                        none                          header      target                  none
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,20 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding
 
-from nemo_ray.config.schema import DatasetSpec
 from nemo_ray.data.packing import Int32
-from nemo_ray.data.template import ChatTemplate, Rendered, RowError, chat_template
+from nemo_ray.data.template import Rendered, RowError
 from nemo_ray.data.tokenizer import LoadedTokenizer
-from nemo_ray.errors import ConfigError
 
 Mask = npt.NDArray[np.uint8]
 Spans = tuple[tuple[int, int], ...]
-
-_ROLES = {"human": "user", "gpt": "assistant"}
-"""Role names of the sharegpt format."""
-
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names a message's reasoning goes by; templates read the first."""
 
 _NUM_PROVEN = 2
 """Rows of each batch that are encoded whole as well, to see that cutting changes nothing."""
@@ -38,7 +31,7 @@ _LONGEST_HEADER = 64
 
 
 class Sample(NamedTuple):
-    """One row's tokens: ids (n,) int32, targets (n,) 0 or 1."""
+    """One document's tokens: ids (n,) int32, targets (n,) 0 or 1."""
 
     ids: Int32
     targets: Mask
@@ -66,10 +59,21 @@ def cut(rendered: Rendered, cut_tokens: tuple[str, ...]) -> list[Piece]:
             if last < place < len(text):
                 cuts.append(place)
     pieces = []
+    following = 0  # the first target that does not end before the piece
     for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True):
-        inside = ((max(a, start) - start, min(b, stop) - start) for a, b in rendered.targets)
-        pieces.append(Piece(text[start:stop], tuple((a, b) for a, b in inside if a < b)))
+        inside = []
+        at = following
+        while at < len(rendered.targets) and rendered.targets[at][0] < stop:
+            first, last = rendered.targets[at]
+            inside.append((max(first, start) - start, min(last, stop) - start))
+            at += 1
+        following = at - 1 if inside and rendered.targets[at - 1][1] > stop else at
+        pieces.append(Piece(text[start:stop], tuple(inside)))
     return pieces
+
+
+RowReader = Callable[[Any], Sequence[Rendered | Sample]]
+"""What a row (decoded JSON or parquet) becomes; raises RowError. One for each data format."""
 
 
 @dataclass
@@ -77,113 +81,62 @@ class Encoder:
     """Turns one source's rows into samples."""
 
     loaded: LoadedTokenizer
-    spec: DatasetSpec
-    train_on_inputs: bool
+    read: RowReader
 
     def __post_init__(self) -> None:
         self._headers: dict[str, list[int]] = {}
         self.cut_tokens = self.loaded.cut_tokens
-        self.template: ChatTemplate | None = None
-        if self.spec.type == "chat_template":
-            if self.loaded.chat_template is None:
-                raise ConfigError(
-                    "chat_template: the base model's tokenizer has none; name a .jinja file, or use "
-                    "type: completion"
-                )
-            self.template = chat_template(
-                self.loaded.chat_template, self.loaded.special_tokens, self.loaded.cut_tokens
-            )
 
-    def encode(self, rows: Iterable[Any | RowError]) -> list[Sample | RowError]:
-        """One sample, or the reason why there is none, for each row (decoded JSON or parquet)."""
-        if self.template is None:
-            return self._encode_texts([row if isinstance(row, RowError) else self._text(row) for row in rows])
-        template = self.template
-        rendered = [row if isinstance(row, RowError) else self._render(template, row) for row in rows]
-        return self._encode_chats(rendered)
+    def encode(self, rows: Iterable[Any | RowError]) -> list[list[Sample] | RowError]:
+        """For each row its samples, at least one, or the reason why there is none."""
+        found = [row if isinstance(row, RowError) else self._read(row) for row in rows]
+        texts = [part for row in found if not isinstance(row, RowError) for part in row]
+        samples = iter(self._encode([part for part in texts if isinstance(part, Rendered)]))
+        results: list[list[Sample] | RowError] = []
+        for row in found:
+            if isinstance(row, RowError):
+                results.append(row)
+                continue
+            made = [next(samples) if isinstance(part, Rendered) else part for part in row]
+            trained = [sample for sample in made if sample.targets[1:].any()]
+            results.append(trained or RowError("no trained tokens"))
+        return results
 
-    # -- rows to text -----------------------------------------------------------------------------
-
-    def _text(self, row: Any) -> str | RowError:
+    def _read(self, row: Any) -> Sequence[Rendered | Sample] | RowError:
         try:
-            text = _field(row, self.spec.field)
-            if not isinstance(text, str):
-                raise RowError(f"field {self.spec.field!r} is no text")
-            if not text:
-                raise RowError(f"field {self.spec.field!r} is empty")
-            return _encodable(text)
+            found = self.read(row)
+            for part in found:
+                if isinstance(part, Rendered):
+                    _check_encodable(part.text)
+            return found
         except RowError as rejected:
             return rejected
 
-    def _render(self, template: ChatTemplate, row: Any) -> Rendered | RowError:
-        try:
-            rendered = template.render(self.messages(row), row.get("tools") or None)
-            _encodable(rendered.text)
-        except RowError as rejected:
-            return rejected
-        return rendered._replace(targets=((0, len(rendered.text)),)) if self.train_on_inputs else rendered
+    def _encode(self, texts: Sequence[Rendered]) -> list[Sample]:
+        self._prove(texts[:_NUM_PROVEN])
+        cuts = [cut(text, self.cut_tokens) for text in texts]
+        pieces = [piece.text for row in cuts for piece in row]
+        encodings = iter(self.loaded.tokenizer.encode_batch_fast(pieces, add_special_tokens=False))
+        samples = []
+        for text, row in zip(texts, cuts, strict=True):
+            sample = self._join(row, [next(encodings) for _ in row])
+            samples.append(self._frame(sample, text) if text.framed else sample)
+        return samples
 
-    def messages(self, row: Any) -> list[dict[str, Any]]:
-        """The conversation as templates want it. Raises RowError."""
-        name = self.spec.field_messages
-        value = _field(row, name)
-        if (
-            not isinstance(value, list)
-            or not value
-            or not all(isinstance(message, dict) for message in value)
-        ):
-            raise RowError(f"field {name!r} is no list of messages")
-        return [self._message(message) for message in value]
-
-    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
-        mappings = self.spec.message_property_mappings
-        renamed = set(mappings.values())
-        result = {name: value for name, value in message.items() if name not in renamed and value is not None}
-        for name, source in mappings.items():
-            if message.get(source) is not None:
-                result[name] = message[source]
-        role = result.get("role")
-        if not isinstance(role, str):
-            raise RowError(f"a message has no {mappings.get('role', 'role')!r}")
-        if "content" not in result and "tool_calls" not in result:
-            raise RowError(f"a message has no {mappings.get('content', 'content')!r}")
-        result["role"] = _ROLES.get(role, role)
-        reasoning = next((result[name] for name in _REASONING if name in result), None)
-        return (
-            result if reasoning is None else {"thinking": reasoning, **result, "reasoning_content": reasoning}
-        )
+    def _frame(self, sample: Sample, text: Rendered) -> Sample:
+        """Put the tokenizer's own special tokens around a text, and eos after it: trained where it is."""
+        before, after = self.loaded.frame
+        eos = self.loaded.eos_id
+        last = after[-1] if after else int(sample.ids[-1]) if len(sample.ids) else None
+        if eos is not None and last != eos:
+            after = [*after, eos]
+        starts = bool(text.targets) and text.targets[0][0] == 0
+        stops = bool(text.targets) and text.targets[-1][1] == len(text.text)
+        ids = np.concatenate([np.array(before, np.int32), sample.ids, np.array(after, np.int32)])
+        flags = [np.full(len(before), starts), sample.targets, np.full(len(after), stops)]
+        return Sample(ids, np.concatenate(flags).astype(np.uint8))
 
     # -- text to ids ------------------------------------------------------------------------------
-
-    def _encode_texts(self, texts: Sequence[str | RowError]) -> list[Sample | RowError]:
-        """`completion`: the tokenizer's own special tokens, then eos; every token is a target."""
-        good = [text for text in texts if isinstance(text, str)]
-        encodings = iter(self.loaded.tokenizer.encode_batch_fast(good, add_special_tokens=True))
-        eos = self.loaded.eos_id
-        samples: list[Sample | RowError] = []
-        for text in texts:
-            if isinstance(text, RowError):
-                samples.append(text)
-                continue
-            ids = next(encodings).ids
-            if eos is not None and (not ids or ids[-1] != eos):
-                ids.append(eos)
-            samples.append(Sample(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=np.uint8)))
-        return samples
-
-    def _encode_chats(self, rows: Sequence[Rendered | RowError]) -> list[Sample | RowError]:
-        self._prove([row for row in rows if isinstance(row, Rendered)][:_NUM_PROVEN])
-        cuts = [cut(row, self.cut_tokens) if isinstance(row, Rendered) else [] for row in rows]
-        texts = [piece.text for pieces in cuts for piece in pieces]
-        encodings = iter(self.loaded.tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        samples: list[Sample | RowError] = []
-        for row, pieces in zip(rows, cuts, strict=True):
-            if isinstance(row, RowError):
-                samples.append(row)
-                continue
-            sample = self._join(pieces, [next(encodings) for _ in pieces])
-            samples.append(sample if sample.targets[1:].any() else RowError("no trained token"))
-        return samples
 
     def _join(self, pieces: Sequence[Piece], encodings: Sequence[Encoding]) -> Sample:
         ids: list[int] = []
@@ -223,26 +176,20 @@ class Encoder:
         tokenizer = self.loaded.tokenizer
         for row in rows:
             pieces = [piece.text for piece in cut(row, self.cut_tokens)]
+            if len(pieces) == 1:
+                continue
             encodings = tokenizer.encode_batch_fast([row.text, *pieces], add_special_tokens=False)
             if encodings[0].ids != [token for encoding in encodings[1:] for token in encoding.ids]:
                 self.cut_tokens = ()
 
 
-def _field(row: Any, name: str) -> Any:
-    if not isinstance(row, dict):
-        raise RowError("the row is no object")
-    if row.get(name) is None:
-        raise RowError(f"no field {name!r}")
-    return row[name]
-
-
-def _encodable(text: str) -> str:
+def _check_encodable(text: str) -> None:
     """JSON can hold halves of characters (lone surrogates), which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowError("invalid Unicode", str(error)) from None
-    return text
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowError("invalid Unicode", str(error)) from None
 
 
 def _mask_by_offsets(encoding: Encoding, targets: Spans) -> bytes:

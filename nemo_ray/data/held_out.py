@@ -1,28 +1,16 @@
 """Which rows are held out: runs of 16 rows with the smallest hashes of (file name, run number). Pure."""
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from nemo_ray.data.files import RUN_ROWS
+from nemo_ray.data.hashing import hashes
 from nemo_ray.data.windows import Ranges
 
 Part = tuple[str, tuple[int, int]]
 """A file's name, and the [first, last) rows of it that are used."""
-
-
-def run_hashes(name: str, first_run: int, last_run: int) -> npt.NDArray[np.uint64]:
-    """Uniform 64-bit numbers for the runs [first_run, last_run) of a file: splitmix64 seeded by the name."""
-    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-    value = np.arange(first_run + 1, last_run + 1, dtype=np.uint64) * np.uint64(
-        0x9E3779B97F4A7C15
-    ) + np.uint64(seed)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    result: npt.NDArray[np.uint64] = value ^ (value >> np.uint64(31))
-    return result
 
 
 def _runs(rows: tuple[int, int]) -> tuple[int, int]:
@@ -34,9 +22,9 @@ def choose_fraction(parts: Sequence[Part], fraction: float) -> list[Ranges]:
     """Runs whose hash is below `fraction` of its range; at least one run where `fraction` is not 0."""
     if fraction == 0:
         return [[] for _ in parts]
-    hashes = [run_hashes(name, *_runs(rows)) for name, rows in parts]
+    numbers = [hashes(name.encode(), *_runs(rows)) for name, rows in parts]
     limit = np.uint64(min(int(fraction * 2.0**64), 2**64 - 1))
-    chosen = [np.flatnonzero(values < limit) for values in hashes]
+    chosen = [np.flatnonzero(values < limit) for values in numbers]
     if not any(len(runs) for runs in chosen):
         return choose_rows(parts, 1, whole_runs=True)
     return [_ranges(runs + _runs(rows)[0], rows) for runs, (_, rows) in zip(chosen, parts, strict=True)]
@@ -44,13 +32,13 @@ def choose_fraction(parts: Sequence[Part], fraction: float) -> list[Ranges]:
 
 def choose_rows(parts: Sequence[Part], num_rows: int, whole_runs: bool = False) -> list[Ranges]:
     """The runs with the smallest hashes, up to `num_rows` rows; the last is cut, unless `whole_runs`."""
-    hashes = np.concatenate([run_hashes(name, *_runs(rows)) for name, rows in parts])
+    numbers = np.concatenate([hashes(name.encode(), *_runs(rows)) for name, rows in parts])
     sizes = [_runs(rows)[1] - _runs(rows)[0] for _, rows in parts]
     owner = np.repeat(np.arange(len(parts)), sizes)
     firsts = np.concatenate([np.arange(*_runs(rows), dtype=np.int64) for _, rows in parts])
     result: list[Ranges] = [[] for _ in parts]
     left = num_rows
-    for at in np.argsort(hashes, kind="stable"):
+    for at in np.argsort(numbers, kind="stable"):
         if left <= 0:
             break
         rows = parts[owner[at]][1]

@@ -7,29 +7,20 @@ Owns the records and their JSON form. How windows are found is sources.py, how s
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-FORMAT_VERSION = 1
+import numpy as np
+
+from nemo_ray.data.window_list import Span as Span
+from nemo_ray.data.window_list import Window as Window
+from nemo_ray.data.window_list import WindowList as WindowList
+
+FORMAT_VERSION = 2
 """Part of every window's key: raised whenever the same inputs would give another shard."""
 
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "text", "parquet", "arrow"]
-
-
-class Span(NamedTuple):
-    """Consecutive rows of one file.
-
-    `start`, `stop` address them: bytes of a file of lines (jsonl, csv, tsv, text), elements of a json array,
-    row groups of a parquet file, record batches of an arrow file. `first_row` counts rows from the beginning
-    of the file.
-    """
-
-    file: int
-    start: int
-    stop: int
-    first_row: int
-    num_rows: int
 
 
 @dataclass(frozen=True)
@@ -57,22 +48,8 @@ class SourceInfo:
     tokens_per_row: float
     """Estimated from the first rows; rows that are dropped count as 0."""
     evaluation_only: bool
-    weight: float = 1.0
-    """Share of the trained tokens relative to the other sources, beside what its size gives."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """Rows that are prepared together into one shard: they are packed among themselves only."""
-
-    source: int
-    spans: tuple[Span, ...]
-    num_rows: int
-    key: str
-
-    def source_rows(self, source: SourceInfo) -> "list[tuple[int, int]]":
-        """(first row in the source, number of rows) of each span, in the window's order."""
-        return [(source.files[span.file].first_row + span.first_row, span.num_rows) for span in self.spans]
+    weight: float | None = None
+    """Its part of an epoch's tokens, relative to the other sources' weights; None: each row once an epoch."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +59,8 @@ class DataPlan:
     directory: str
     fingerprint: str
     sequence_len: int
-    windows: tuple[Window, ...]
-    eval_windows: tuple[Window, ...]
+    windows: WindowList
+    eval_windows: WindowList
     sources: tuple[SourceInfo, ...]
     notices: tuple[str, ...]
     pad_id: int
@@ -91,7 +68,7 @@ class DataPlan:
     @property
     def num_rows(self) -> int:
         """Rows of one training epoch, whether or not they survive preparation."""
-        return sum(window.num_rows for window in self.windows)
+        return int(self.windows.num_rows.sum())
 
     def shard_path(self, window: Window) -> Path:
         """Where the shard of this window is, or will be."""
@@ -115,14 +92,21 @@ class DataPlan:
             index -= span.num_rows
         raise IndexError(f"window {window.key} has {window.num_rows} rows")
 
-    def estimated_tokens(self, window: Window) -> float:
-        """Tokens of a window, known before it is prepared."""
-        return window.num_rows * self.sources[window.source].tokens_per_row
+    def estimated_tokens(self, windows: WindowList) -> float:
+        """Tokens of windows, known before they are prepared."""
+        tokens_per_row = np.array([source.tokens_per_row for source in self.sources])
+        return float((windows.num_rows * tokens_per_row[windows.sources]).sum())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict; `from_json` gives an equal plan."""
-        value: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return value
+        value = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            **value,
+            "windows": self.windows.to_json(),
+            "eval_windows": self.eval_windows.to_json(),
+            "sources": [asdict(source) for source in self.sources],
+            "notices": list(self.notices),
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "DataPlan":
@@ -130,17 +114,12 @@ class DataPlan:
         return cls(
             **{
                 **value,
-                "windows": tuple(window_from_json(window) for window in value["windows"]),
-                "eval_windows": tuple(window_from_json(window) for window in value["eval_windows"]),
+                "windows": WindowList.from_json(value["windows"]),
+                "eval_windows": WindowList.from_json(value["eval_windows"]),
                 "sources": tuple(_source_from_json(source) for source in value["sources"]),
                 "notices": tuple(value["notices"]),
             }
         )
-
-
-def window_from_json(value: dict[str, Any]) -> Window:
-    """One window of a plan's JSON form."""
-    return Window(**{**value, "spans": tuple(Span(*span) for span in value["spans"])})
 
 
 def _source_from_json(value: dict[str, Any]) -> SourceInfo:

@@ -1,150 +1,301 @@
 """The one global order of packs: a pure function of window list, shard contents, seed and epoch.
 
-Never of what happens to be prepared, of the number of workers, or of where steps begin. Reading shards,
-waiting for them and the cursor are reader.py's.
+Never of what happens to be prepared, of the number of workers, or of where steps begin. Reading shards and
+waiting for them is reader.py's, how often a source is read mixing.py's.
+
+A source's rows form an endless stream, one round of its shuffled windows after the other. An epoch is a
+stretch of each stream; a few windows of every stretch are open at a time, and their packs are drawn in random
+order. The next pack comes from the source that has given the smallest part of its stretch: so every step sees
+the whole mix, and all sources end together.
+
+    rounds      |---- round 0 ----|---- round 1 ----|---- ...      windows in another order each
+    epochs      [== epoch 0 ==)[== epoch 1 ==)[== ...              here with 0.8 rounds an epoch
 """
 
-import hashlib
 import heapq
-import json
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from nemo_ray.data.hashing import Choices, shuffled
 from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.mixing import passes
+from nemo_ray.data.packing import Int64
 
 OPEN_WINDOWS = 8
 
 
 class Position(NamedTuple):
-    """The `draw`-th pack taken from `plan.windows[window]` in an epoch; see `shuffled_packs`."""
+    """Pack number `pack` of the shard of `plan.windows[window]`."""
 
     window: int
-    draw: int
+    pack: int
 
 
-def _generator(*parts: object) -> random.Random:
-    """A generator seeded by the parts. Only `random()` is used: its sequence is the same in every Python."""
-    return random.Random(hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest())
+class Visit(NamedTuple):
+    """Reading the rows [first, last) of a window, of which a stretch may take a part only."""
+
+    start: int
+    """Place in the source's stream; names the visit."""
+    window: int
+    round: int
+    first: int
+    last: int
+    num_rows: int
+    """Of the whole window."""
+
+    def packs(self, num_packs: int) -> tuple[int, int]:
+        """[first, last) of the window's packs in the round's order. Parts of one window share none."""
+        return self.first * num_packs // self.num_rows, self.last * num_packs // self.num_rows
 
 
-def _shuffled(size: int, generator: random.Random) -> list[int]:
-    keys = [generator.random() for _ in range(size)]
-    return sorted(range(size), key=keys.__getitem__)
+class Stream:
+    """One source's rows, round after round."""
+
+    def __init__(self, plan: DataPlan, source: int, seed: int, times: float) -> None:
+        """`times`: rounds in an epoch."""
+        self.source = source
+        self._windows: Int64 = np.flatnonzero(plan.windows.sources == source)
+        self._sizes = plan.windows.num_rows[self._windows]
+        self.rows = int(self._sizes.sum())
+        self._seed, self._times = seed, times
+        self._round = -1
+        self._order: Int64 = np.zeros(0, dtype=np.int64)
+        self._ends: Int64 = self._order
+
+    def stretch(self, epoch: int) -> tuple[int, int]:
+        """[first, last) rows of the stream that an epoch reads."""
+        return round(epoch * self._times * self.rows), round((epoch + 1) * self._times * self.rows)
+
+    def visit(self, start: int, limit: int) -> Visit:
+        """The visit that begins at row `start` of the stream and does not pass `limit`."""
+        number, offset = divmod(start, self.rows)
+        order, ends = self.round(number)
+        at = int(np.searchsorted(ends, offset, side="right"))
+        size = int(ends[at]) - (int(ends[at - 1]) if at else 0)
+        first = offset - (int(ends[at]) - size)
+        return Visit(start, int(order[at]), number, first, min(size, first + limit - start), size)
+
+    def round(self, number: int) -> tuple[Int64, Int64]:
+        """(windows,) indices of plan.windows in a round's order, and the row at which each ends."""
+        if number != self._round:
+            self._round = number
+            order = shuffled(len(self._windows), "windows", self._seed, number, self.source)
+            self._order, self._ends = self._windows[order], np.cumsum(self._sizes[order])
+        return self._order, self._ends
 
 
-def shuffled_packs(plan: DataPlan, window: int, num_packs: int, seed: int, epoch: int) -> list[int]:
-    """The order in which the packs of one window are drawn."""
-    return _shuffled(num_packs, _generator("packs", seed, epoch, window, plan.windows[window].key))
+def streams(plan: DataPlan, seed: int) -> list[Stream]:
+    """The streams of all sources that are trained on."""
+    found = (Stream(plan, source, seed, times) for source, times in enumerate(passes(plan.sources)) if times)
+    return [stream for stream in found if stream.rows]
 
 
-def window_order(plan: DataPlan, seed: int, epoch: int = 0) -> list[int]:
-    """Indices of plan.windows in the order they are opened, which is also the order to prepare them in.
-
-    The windows of each source are shuffled; the next one is taken from the source that has given the fewest
-    tokens (estimated ones, and half of the next window) relative to its size. So sources are spread evenly
-    over the epoch.
-    """
-    queues: list[list[int]] = [[] for _ in plan.sources]
-    for index, window in enumerate(plan.windows):
-        queues[window.source].append(index)
-    for source, queue in enumerate(queues):
-        queues[source] = [queue[i] for i in _shuffled(len(queue), _generator("windows", seed, epoch, source))]
-    tokens = [max(plan.estimated_tokens(window), 1.0) for window in plan.windows]
-    sizes = [sum(tokens[index] for index in queue) for queue in queues]
-    given = [0.0] * len(queues)
-    taken = [0] * len(queues)
-    heap = [(tokens[queue[0]] / 2 / sizes[source], source) for source, queue in enumerate(queues) if queue]
-    heapq.heapify(heap)
-    order = []
-    while heap:
-        _, source = heapq.heappop(heap)
-        queue = queues[source]
-        index = queue[taken[source]]
-        order.append(index)
-        given[source] += tokens[index]
-        taken[source] += 1
-        if taken[source] < len(queue):
-            following = tokens[queue[taken[source]]]
-            heapq.heappush(heap, ((given[source] + following / 2) / sizes[source], source))
-    return order
+def _slots(plan: DataPlan, parts: list[Stream]) -> list[int]:
+    """Windows of each stream that are open at a time: by tokens, and one at least."""
+    tokens = [max(stream.stretch(0)[1], 1) * _tokens_per_row(plan, stream) for stream in parts]
+    return [max(1, round(OPEN_WINDOWS * part / sum(tokens))) for part in tokens]
 
 
-@dataclass
+def _tokens_per_row(plan: DataPlan, stream: Stream) -> float:
+    """Estimated, never 0."""
+    return max(plan.sources[stream.source].tokens_per_row, 1.0)
+
+
+def window_order(plan: DataPlan, seed: int) -> list[int]:
+    """All indices of plan.windows in about the order in which training opens them, to prepare them in."""
+    parts = streams(plan, seed)
+    windows, keys, places = [], [], []
+    for stream, num_open in zip(parts, _slots(plan, parts), strict=True):
+        order, ends = stream.round(0)
+        first, last = stream.stretch(0)
+        # Window k is opened when the one num_open before it is closed, about where the next of those began.
+        opened = np.zeros(len(order))
+        opened[num_open:] = ends[: max(len(order) - num_open, 0)] / max(last - first, 1)
+        windows.append(order)
+        keys.append(opened)
+        places.append(np.arange(len(order)))
+    if not windows:
+        return []
+    found: list[int] = np.concatenate(windows)[
+        np.lexsort((np.concatenate(places), np.concatenate(keys)))
+    ].tolist()
+    return found
+
+
+@dataclass(slots=True)
 class _Open:
-    """A window that packs are drawn from; `packs` is None until it is first asked for."""
+    """A visit under way: `packs`, `drawn` are of the visit; packs is -1 until it is first asked for."""
 
-    index: int
-    packs: int | None = None
-    taken: int = 0
+    visit: Visit
+    packs: int = -1
+    drawn: int = 0
+
+    def rows_left(self) -> float:
+        """Rows that the packs not drawn yet stand for: the visit's rows count evenly over its packs."""
+        rows = self.visit.last - self.visit.first
+        return rows * (self.packs - self.drawn) / self.packs if self.packs > 0 else rows
+
+
+class _Stretch:
+    """What is left of a stream's part of an epoch."""
+
+    def __init__(self, stream: Stream, epoch: int, num_open: int, rows_per_pack: float) -> None:
+        self.stream = stream
+        self._first, self._last = stream.stretch(epoch)
+        self._num_open = num_open
+        self._estimated_rows_per_pack = rows_per_pack
+        self.place = self._first
+        self.open: list[_Open] = []
+        self.fill()
+
+    def fill(self) -> None:
+        """Open windows until there are as many as there should be."""
+        while len(self.open) < self._num_open and self.place < self._last:
+            self._refill(len(self.open))
+
+    def restore(self, place: int, under_way: list[list[int]]) -> None:
+        """Go on where `state` was taken."""
+        self.place = place
+        self.open = [
+            _Open(self.stream.visit(start, self._last), packs, drawn) for start, packs, drawn in under_way
+        ]
+
+    def state(self) -> list[Any]:
+        """Integers, from which `restore` goes on."""
+        return [self.place, [[one.visit.start, one.packs, one.drawn] for one in self.open]]
+
+    def pick(self, number: int, num_packs: Callable[[int], int]) -> int | None:
+        """The index in `open` that a random number falls on; visits without packs are closed on the way."""
+        while self.open:
+            slot = number % len(self.open)
+            one = self.open[slot]
+            if one.packs < 0:
+                first, last = one.visit.packs(num_packs(one.visit.window))
+                one.packs = last - first
+            if one.packs:
+                return slot
+            self._close(slot)
+        return None
+
+    def draw(self, slot: int) -> tuple[Visit, int]:
+        """The visit, and the number of its pack that is drawn."""
+        one = self.open[slot]
+        one.drawn += 1
+        if one.drawn == one.packs:
+            self._close(slot)
+        return one.visit, one.drawn - 1
+
+    def rows_drawn(self) -> float:
+        """Rows that the drawn packs stand for."""
+        return self.place - self._first - sum([one.rows_left() for one in self.open])
+
+    def progress(self) -> float:
+        """The part of the stretch after half of the next pack, about: the smallest is drawn from."""
+        return (self.rows_drawn() + self._rows_per_pack() / 2) / (self._last - self._first)
+
+    def _rows_per_pack(self) -> float:
+        for one in self.open:
+            if one.packs > 0:
+                return (one.visit.last - one.visit.first) / one.packs
+        return self._estimated_rows_per_pack
+
+    def _close(self, slot: int) -> None:
+        del self.open[slot]
+        if self.place < self._last:
+            self._refill(slot)
+
+    def _refill(self, slot: int) -> None:
+        visit = self.stream.visit(self.place, self._last)
+        self.open.insert(slot, _Open(visit))
+        self.place += visit.last - visit.first
 
 
 class EpochOrder:
-    """Draws the packs of one epoch: eight windows are open, each draw picks one of them.
+    """Draws the packs of one epoch.
 
-    `num_packs(window)` is asked once a window, when its first pack is drawn, and may wait for its shard.
+    `num_packs(window)` is asked when the first pack of a visit is drawn, and may wait for the shard.
     """
 
     def __init__(self, plan: DataPlan, seed: int, epoch: int, num_packs: Callable[[int], int]) -> None:
-        self._plan = plan
-        self._num_packs = num_packs
-        self._choice = _generator("draws", seed, epoch)
-        self._queue = iter(window_order(plan, seed, epoch))
-        self._open: list[_Open] = []
-        self._next: int | None = None
-        self._closed_rows = 0
+        self._plan, self._seed, self._epoch, self._num_packs = plan, seed, epoch, num_packs
+        self._choices = Choices("draws", seed, epoch)
+        parts = streams(plan, seed)
+        self._stretches = [
+            _Stretch(stream, epoch, num_open, plan.sequence_len / _tokens_per_row(plan, stream))
+            for stream, num_open in zip(parts, _slots(plan, parts), strict=True)
+            if stream.stretch(epoch)[0] < stream.stretch(epoch)[1]
+        ]
+        self._num_rows = sum(stream.stretch(epoch)[1] - stream.stretch(epoch)[0] for stream in parts)
+        self._next: tuple[int, int] | None = None
+        self._shuffled: dict[tuple[int, int], list[int]] = {}
         self.drawn = 0
-        for _ in range(OPEN_WINDOWS):
-            self._refill(len(self._open))
+        self._queue()
 
     def draw(self) -> Position | None:
         """The next pack, or None at the end of the epoch."""
-        slot = self._pick()
-        if slot is None:
+        picked = self._pick()
+        if picked is None:
             return None
         self._next = None
-        window = self._open[slot]
-        position = Position(window.index, window.taken)
-        window.taken += 1
+        number, slot = picked
+        stretch = self._stretches[number]
+        visit, draw = stretch.draw(slot)
+        heapq.heapreplace(self._heap, (stretch.progress(), number))
         self.drawn += 1
-        if window.taken == window.packs:
-            self._close(slot)
-        return position
+        return Position(visit.window, self._pack(visit, draw))
 
     def exhausted(self) -> bool:
         """Is nothing left? Looks at further windows only where those at hand do not tell."""
-        if any(window.packs is not None and window.taken < window.packs for window in self._open):
+        if any(one.packs > 0 for stretch in self._stretches for one in stretch.open):
             return False
         return self._pick() is None
 
-    def rows_consumed(self) -> float:
-        """Rows that the drawn packs stand for: a window's rows count evenly over its packs."""
-        drawn = sum(
-            self._plan.windows[window.index].num_rows * window.taken / window.packs
-            for window in self._open
-            if window.packs
-        )
-        return self._closed_rows + drawn
+    def progress(self) -> float:
+        """Rows that the drawn packs stand for, as a part of the epoch's."""
+        return sum(stretch.rows_drawn() for stretch in self._stretches) / max(self._num_rows, 1)
 
-    def _pick(self) -> int | None:
-        """The slot of the next draw; windows without packs are closed on the way."""
-        while self._next is None and self._open:
-            slot = int(self._choice.random() * len(self._open))
-            window = self._open[slot]
-            if window.packs is None:
-                window.packs = self._num_packs(window.index)
-            if window.packs == 0:
-                self._close(slot)
+    def state(self) -> dict[str, Any]:
+        """JSON-ready integers, a few dozens; with them `restore` goes on at once, wherever the epoch is."""
+        return {"drawn": self.drawn, "stretches": [stretch.state() for stretch in self._stretches]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken, on an order of the same plan, seed and epoch."""
+        self.drawn = state["drawn"]
+        for stretch, (place, under_way) in zip(self._stretches, state["stretches"], strict=True):
+            stretch.restore(place, under_way)
+        self._queue()
+
+    def _queue(self) -> None:
+        self._next = None
+        self._heap = [(stretch.progress(), number) for number, stretch in enumerate(self._stretches)]
+        heapq.heapify(self._heap)
+
+    def _pick(self) -> tuple[int, int] | None:
+        """The stretch and the open visit of the next draw."""
+        while self._next is None and self._heap:
+            number = self._heap[0][1]
+            slot = self._stretches[number].pick(self._choices[self.drawn], self._num_packs)
+            if slot is None:
+                heapq.heappop(self._heap)
             else:
-                self._next = slot
+                self._next = number, slot
         return self._next
 
-    def _close(self, slot: int) -> None:
-        self._closed_rows += self._plan.windows[self._open.pop(slot).index].num_rows
-        self._refill(slot)
-
-    def _refill(self, slot: int) -> None:
-        index = next(self._queue, None)
-        if index is not None:
-            self._open.insert(slot, _Open(index))
+    def _pack(self, visit: Visit, draw: int) -> int:
+        """Which pack of its shard a draw is; a visit's order is forgotten with its last pack."""
+        name = (visit.window, visit.start)
+        packs = self._shuffled.get(name)
+        if packs is None:
+            num_packs = self._num_packs(visit.window)
+            first, last = visit.packs(num_packs)
+            key = self._plan.windows[visit.window].key
+            packs = shuffled(num_packs, "packs", self._seed, visit.round, visit.window, key)[
+                first:last
+            ].tolist()
+            self._shuffled[name] = packs
+        if draw == len(packs) - 1:
+            del self._shuffled[name]
+        return packs[draw]

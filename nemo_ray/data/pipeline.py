@@ -2,36 +2,31 @@
 them.
 
 Runs in the calling thread of the driver until all shards exist. A failure is written where waiting readers
-see it. What a task does is prepare.py's.
+see it. What a task does is prepare.py's, what becomes of the rows review.py's.
 """
 
+import contextlib
 import json
 import logging
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
 
 from nemo_ray.config.schema import DataSection
-from nemo_ray.data.files import BLANK_LINE
-from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.prepare import WindowTask, prepare_window, window_task
-from nemo_ray.data.shards import ShardStats, read_stats
-from nemo_ray.data.statistics import Totals
+from nemo_ray.data.review import Progress, Review, missing_windows, not_writable, require_writable, survey
+from nemo_ray.data.shards import ShardStats
 from nemo_ray.errors import DataError, NemoRayError
 from nemo_ray.failures import one_line
-from nemo_ray.storage import publish_bytes, publish_json
-
-MAX_REJECTED_SHARE = 0.05
-"""More rejected rows than this mean that the data is not what the configuration says: the run stops."""
-
-Progress = Callable[[int, int], None]
-"""Told (windows ready, windows in all) after each window."""
+from nemo_ray.storage import publish_json
 
 
 def prepare(
@@ -43,62 +38,47 @@ def prepare(
     num_cpus: float = 1.0,
     stop: threading.Event | None = None,
     progress: Progress | None = None,
+    listing: Path | None = None,
 ) -> None:
     """Write the missing shards: held-out windows, then plan.windows in `order` (indices; default: as
     planned).
 
-    Blocks until all exist, or until `stop` is set. `num_cpus` is reserved for each task. Ray must be running.
+    Blocks until all exist, or until `stop` is set. `num_cpus` is reserved for each task. `listing`: where the
+    rejected rows are listed. Ray must be running.
     Raises DataError, and writes the same line to plan.failure_path for the readers.
     """
+    stop = stop or threading.Event()
     plan.failure_path.unlink(missing_ok=True)
     try:
-        _prepare(
-            plan,
-            data,
-            base_model,
-            range(len(plan.windows)) if order is None else order,
-            num_cpus,
-            stop,
-            progress,
-        )
+        found = survey(plan, order)
+        missing = missing_windows(found)
+        if missing:
+            require_writable(plan)
+        review = Review(plan, data.max_rejected_share, listing=listing, progress=progress)
+        review.add_existing(found)
+        held_out = {window.key for window in plan.eval_windows}
+        tasks = [
+            window_task(plan, window, data, base_model, held_out=window.key in held_out) for window in missing
+        ]
+        by_path = {task.path: window for task, window in zip(tasks, missing, strict=True)}
+        for path, stats in _run(tasks, num_cpus):
+            review.add(by_path[path], stats)
+            if stop.is_set():
+                return
+        review.finish()
     except Exception as error:
-        line = one_line(error)
-        if not isinstance(error, NemoRayError):
-            line = f"preparing the data failed: {line}"
-        publish_json(plan.failure_path, {"error": line})
-        if isinstance(error, NemoRayError):
-            raise
-        raise DataError(line) from error
-
-
-def _prepare(
-    plan: DataPlan,
-    data: DataSection,
-    base_model: str,
-    order: Sequence[int],
-    num_cpus: float,
-    stop: threading.Event | None,
-    progress: Progress | None,
-) -> None:
-    held_out = {window.key for window in plan.eval_windows}
-    windows = {
-        window.key: window for window in (*plan.eval_windows, *(plan.windows[index] for index in order))
-    }
-    review = _Review(plan, len(windows), progress)
-    missing: list[WindowTask] = []
-    by_path: dict[str, Window] = {}
-    for window in windows.values():
-        path = plan.shard_path(window)
-        if path.exists():
-            review.add(window, read_stats(path))
-        else:
-            missing.append(window_task(plan, window, data, base_model, held_out=window.key in held_out))
-            by_path[str(path)] = window
-    for path_text, stats in _run(missing, num_cpus):
-        review.add(by_path[path_text], stats)
-        if stop is not None and stop.is_set():
+        if stop.is_set():  # it was told to end, perhaps by an end of Ray under its feet
             return
-    review.write_rejected()
+        failure = (
+            error
+            if isinstance(error, NemoRayError)
+            else DataError(f"preparing the data failed: {one_line(error)}")
+        )
+        with contextlib.suppress(OSError):  # a full disk is told of by the error itself
+            publish_json(plan.failure_path, {"error": str(failure)})
+        if failure is error:
+            raise
+        raise failure from error
 
 
 # -- Ray Data -------------------------------------------------------------------------------------
@@ -133,51 +113,6 @@ def _prepare_row(row: dict[str, Any]) -> dict[str, Any]:
         stats = prepare_window(task)
     except NemoRayError as error:
         return {"path": task.path, "stats": "", "error": pickle.dumps(error)}
+    except OSError as error:  # what fails to be read is told of by prepare_window
+        return {"path": task.path, "stats": "", "error": pickle.dumps(not_writable(task.path, error))}
     return {"path": task.path, "stats": json.dumps(asdict(stats)), "error": b""}
-
-
-# -- rows that cannot be used ---------------------------------------------------------------------
-
-
-class _Review:
-    """Counts what became of the rows, reports progress, and stops the run when too many are rejected."""
-
-    def __init__(self, plan: DataPlan, num_windows: int, progress: Progress | None) -> None:
-        self._plan = plan
-        self._num_windows = num_windows
-        self._progress = progress
-        self._num_rows = plan.num_rows + sum(window.num_rows for window in plan.eval_windows)
-        self._totals = Totals()
-        self._rejected: list[dict[str, Any]] = []
-
-    def add(self, window: Window, stats: ShardStats) -> None:
-        """Count one shard. Raises DataError when more than 5% of all rows are rejected."""
-        self._totals.add(stats)
-        for index, reason, detail in stats.rejected_rows:
-            file, row = self._plan.locate(window, index)
-            self._rejected.append({"file": file, "row": row, "reason": reason, "detail": detail})
-        rejected = self._totals.num_rejected
-        if rejected > MAX_REJECTED_SHARE * self._num_rows:
-            self.write_rejected()
-            raise DataError(self._complaint(rejected))
-        if self._progress is not None:
-            self._progress(self._totals.windows, self._num_windows)
-
-    def write_rejected(self) -> None:
-        """List the rejected rows, one JSON object a line; no file where there are none."""
-        if self._rejected:
-            lines = [json.dumps(entry, ensure_ascii=False) for entry in self._rejected]
-            publish_bytes(self._plan.rejected_path, ("\n".join(lines) + "\n").encode("utf-8", "replace"))
-
-    def _complaint(self, rejected: int) -> str:
-        reasons = [
-            (reason, count) for reason, count in self._totals.rejected.most_common() if reason != BLANK_LINE
-        ]
-        reason, count = reasons[0]
-        examples = [entry for entry in self._rejected if entry["reason"] == reason]
-        places = ", ".join(f"{entry['file']} row {entry['row']}" for entry in examples[:3])
-        return (
-            f"datasets: {rejected:,} of the {self._totals.rows:,} rows prepared so far were rejected, more "
-            f"than {MAX_REJECTED_SHARE:.0%} of all {self._num_rows:,}; most often ({count:,}): {reason} "
-            f"({places}). All are listed in {self._plan.rejected_path}"
-        )

@@ -1,19 +1,19 @@
-"""Shards to packs: what each rank reads in each step, and the cursor that a checkpoint keeps.
+"""Shards to packs: what each rank reads in each step, and the place that a checkpoint keeps.
 
 Position i of a step goes to rank i % world_size, so what a step trains on does not depend on the number of
 workers. A shard that is not there yet is waited for. The order itself is order.py's.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nemo_ray.data.manifest import DataPlan, Window
-from nemo_ray.data.order import OPEN_WINDOWS, EpochOrder, shuffled_packs
+from nemo_ray.data.order import OPEN_WINDOWS, EpochOrder
 from nemo_ray.data.packing import Int64, Pack, filler_pack
 from nemo_ray.data.shards import Shard, read_stats
 from nemo_ray.data.waiting import ShardWait
@@ -26,10 +26,12 @@ class StepPacks:
 
     packs: tuple[Pack, ...]
     """This rank's: exactly packs_per_step / world_size, all-masked where the epoch ran out."""
-    sample_ids: tuple[Int64, ...]
-    """(num_docs, 2) arrays of (source, row), one per pack of the WHOLE step in order, without fillers."""
+    drawn: tuple[tuple[str, int], ...]
+    """(window's key, pack of its shard) of each pack of the WHOLE step in order, without fillers."""
     cursor: int
     """Global packs consumed after this step, over all epochs; fillers do not count."""
+    place: dict[str, Any]
+    """What a reader needs to go on after this step, on any number of workers. JSON-ready and small."""
     epoch: float
     """Rows consumed / rows of an epoch."""
     end_of_epoch: bool
@@ -60,17 +62,12 @@ class _Shards:
         """Seconds waited since this was last asked."""
         return self._waiting.take_waited_s()
 
-    def sample_rows(self, read: _Read) -> Int64:
-        """(num_docs,) row numbers in the source."""
+    def read(self, read: _Read) -> Pack:
+        """The pack, padded to sequence_len."""
         shard, starts, first_rows = self._open(read.window)
         rows = shard.rows(read.pack)
         span = np.searchsorted(starts, rows, side="right") - 1
-        source_rows: Int64 = first_rows[span] + (rows - starts[span])
-        return source_rows
-
-    def pack(self, read: _Read, sample_rows: Int64) -> Pack:
-        """The pack, padded to sequence_len."""
-        shard, _, _ = self._open(read.window)
+        sample_rows: Int64 = first_rows[span] + (rows - starts[span])
         plan = self._plan
         return shard.pack(read.pack, sample_rows, read.window.source, plan.sequence_len, plan.pad_id)
 
@@ -84,7 +81,7 @@ class _Shards:
             first_rows = np.array([first for first, _ in spans], dtype=np.int64)
             entry = (Shard(self._waiting.wait_for(window)), np.cumsum(sizes) - sizes, first_rows)
             self._shards[name] = entry
-            if len(self._shards) > 2 * OPEN_WINDOWS:
+            if len(self._shards) > 2 * OPEN_WINDOWS + len(self._plan.sources):
                 self._shards.popitem(last=False)
         self._shards.move_to_end(name)
         return entry
@@ -102,18 +99,16 @@ class _Ranks:
         self.packs_per_step = packs_per_step
         self._rank, self._world_size = rank, world_size
 
-    def step(self, reads: list[_Read], cursor: int, epoch: float, end_of_epoch: bool) -> StepPacks:
-        """Read this rank's packs, and the sample ids of all."""
-        rows = [self.shards.sample_rows(read) for read in reads]
+    def step(
+        self, reads: list[_Read], cursor: int, place: dict[str, Any], epoch: float, end_of_epoch: bool
+    ) -> StepPacks:
+        """Read this rank's packs."""
         packs = [
-            self.shards.pack(reads[i], rows[i]) if i < len(reads) else self._filler
+            self.shards.read(reads[i]) if i < len(reads) else self._filler
             for i in range(self._rank, self.packs_per_step, self._world_size)
         ]
-        ids = tuple(
-            np.stack([np.full(len(row), read.window.source, dtype=np.int64), row], axis=1)
-            for read, row in zip(reads, rows, strict=True)
-        )
-        return StepPacks(tuple(packs), ids, cursor, epoch, end_of_epoch, self.shards.waited_s())
+        drawn = tuple((read.window.key, read.pack) for read in reads)
+        return StepPacks(tuple(packs), drawn, cursor, place, epoch, end_of_epoch, self.shards.waited_s())
 
     @cached_property
     def _filler(self) -> Pack:
@@ -121,7 +116,7 @@ class _Ranks:
 
 
 class PackReader:
-    """The training packs of one rank, from `cursor` on.
+    """The training packs of one rank, from the beginning or from `place` on (StepPacks.place).
 
     `packs_per_step` is global: world_size * micro_batch_size * gradient_accumulation_steps. `num_epochs`
     may be fractional, or math.inf. Reads raise DataError when preparation failed, or gave no new shard for
@@ -137,21 +132,23 @@ class PackReader:
         rank: int,
         world_size: int,
         packs_per_step: int,
-        cursor: int = 0,
+        place: Mapping[str, Any] | None = None,
         timeout_s: float = 1800.0,
     ) -> None:
         self._ranks = _Ranks(plan, rank, world_size, packs_per_step, timeout_s)
         self._plan = plan
         self._seed = seed
         self._num_epochs = num_epochs
-        self._cursor = 0
-        self._resume_at = cursor
         self._packs_of: dict[int, int] = {}
+        self._cursor = 0
         self._begin_epoch(0)
+        if place is not None:
+            self._cursor = place["cursor"]
+            self._begin_epoch(place["epoch"])
+            self._order.restore(place["order"])
 
     def next_step(self) -> StepPacks | None:
         """The next step, or None when all epochs are done. A step never crosses an epoch."""
-        self._catch_up()
         if self._order.exhausted():
             if self._order.drawn == 0:
                 raise DataError(
@@ -165,34 +162,19 @@ class PackReader:
             position = self._order.draw()
             if position is None:
                 break
-            reads.append(_Read(self._plan.windows[position.window], self._pack_index(*position)))
+            reads.append(_Read(self._plan.windows[position.window], position.pack))
         if not reads:
             return None
         self._cursor += len(reads)
-        return self._ranks.step(reads, self._cursor, self._progress(), self._order.exhausted())
+        place = {"cursor": self._cursor, "epoch": self._epoch, "order": self._order.state()}
+        return self._ranks.step(reads, self._cursor, place, self._progress(), self._order.exhausted())
 
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch = epoch
         self._order = EpochOrder(self._plan, self._seed, epoch, self._num_packs)
-        self._shuffled: dict[int, list[int]] = {}
-
-    def _catch_up(self) -> None:
-        """Draw what was consumed before, reading statistics only; whole epochs are jumped over."""
-        while self._cursor < self._resume_at:
-            epoch_packs = sum(self._packs_of.values())
-            known = len(self._packs_of) == len(self._plan.windows)
-            if known and self._order.drawn == 0 and self._resume_at - self._cursor > epoch_packs > 0:
-                self._cursor += epoch_packs
-                self._begin_epoch(self._epoch + 1)
-            elif self._order.draw() is not None:
-                self._cursor += 1
-            else:
-                self._begin_epoch(self._epoch + 1)
 
     def _progress(self) -> float:
-        if self._order.exhausted():
-            return self._epoch + 1.0
-        return self._epoch + self._order.rows_consumed() / self._plan.num_rows
+        return self._epoch + (1.0 if self._order.exhausted() else self._order.progress())
 
     def _done(self) -> bool:
         return self._num_epochs <= self._epoch + 1 and self._progress() >= self._num_epochs
@@ -201,16 +183,6 @@ class PackReader:
         if window not in self._packs_of:
             self._packs_of[window] = self._ranks.shards.num_packs(self._plan.windows[window])
         return self._packs_of[window]
-
-    def _pack_index(self, window: int, draw: int) -> int:
-        """Which pack of its shard a draw is; a window's order is forgotten with its last pack."""
-        order = self._shuffled.get(window)
-        if order is None:
-            order = shuffled_packs(self._plan, window, self._num_packs(window), self._seed, self._epoch)
-            self._shuffled[window] = order
-        if draw == len(order) - 1:
-            del self._shuffled[window]
-        return order[draw]
 
 
 class EvalReader:
@@ -235,7 +207,7 @@ class EvalReader:
             return None
         self._cursor += len(reads)
         end = self._following is None
-        return self._ranks.step(reads, self._cursor, 1.0 if end else 0.0, end)
+        return self._ranks.step(reads, self._cursor, {}, 1.0 if end else 0.0, end)
 
     def _all(self) -> Iterator[_Read]:
         for window in self._plan.eval_windows:

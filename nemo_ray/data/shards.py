@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from nemo_ray.data.encode import Sample
+from nemo_ray.data.histograms import Histograms
 from nemo_ray.data.packing import Int32, Int64, Pack, build_pack
 from nemo_ray.errors import DataError
 from nemo_ray.storage import publish_bytes
@@ -33,7 +34,11 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class ShardStats:
-    """What became of a window's rows. Rows = documents + dropped + rejected."""
+    """What became of a window's rows: each was rejected, or became documents, kept or dropped.
+
+    Most formats make one document of a row, some several (see docs/formats.md); only then is it more than
+    rows = documents + dropped + rejected.
+    """
 
     rows: int
     documents: int
@@ -41,12 +46,15 @@ class ShardStats:
     tokens: int
     targets: int
     dropped: int
-    """Longer than sequence_len, or nothing to train left after the cut."""
+    """Documents longer than sequence_len, or with nothing to train left after the cut."""
     truncated: int
+    """Documents cut to sequence_len."""
     rejected: dict[str, int] = field(default_factory=dict)
     """Reason -> rows."""
     rejected_rows: tuple[tuple[int, str, str], ...] = ()
     """The first of them: (row in the window, reason, detail)."""
+    histograms: Histograms = field(default_factory=dict)
+    """Of lengths, packs and trained shares: see histograms.py."""
 
     @property
     def num_rejected(self) -> int:

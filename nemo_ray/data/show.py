@@ -1,64 +1,74 @@
-"""Examples for the eye: the first rows as the model will see them, trained tokens set off."""
+"""Examples for the eye, on a terminal: the first rows as the model will see them, trained tokens set off."""
+
+from collections.abc import Sequence
+from itertools import groupby
 
 from rich.console import Console
 from rich.text import Text
 
-from nemo_ray.config.schema import DataSection
-from nemo_ray.data.encode import Sample
+from nemo_ray.data.examples import Example, Probe, Token
 from nemo_ray.data.manifest import DataPlan
-from nemo_ray.data.prepare import WindowTask, encode_rows, read_rows, window_task
-from nemo_ray.data.template import RowError
-from nemo_ray.data.tokenizer import load_tokenizer
+from nemo_ray.data.statistics import Totals, sum_of
+from nemo_ray.visible import visible
 
 _TRAINED = "bold green"
+_SPECIAL = "dim"
 
 
-def show_examples(plan: DataPlan, data: DataSection, base_model: str, count: int, console: Console) -> None:
-    """Print the first `count` rows of each source. On a terminal trained tokens are green, else in «»."""
-    seen: set[int] = set()
-    for held_out, windows in ((False, plan.windows), (True, plan.eval_windows)):
-        for window in windows:
-            if window.source in seen:
-                continue
-            seen.add(window.source)
-            task = window_task(plan, window, data, base_model, held_out=held_out)
-            results = encode_rows(read_rows(task)[:count], task.spec, task.tokenizer, task.train_on_inputs)
-            for index, result in enumerate(results):
-                file, row = plan.locate(window, index)
-                console.rule(Text(f"{file} row {row}"), align="left")
-                _show(result, task, console)
+def show_probes(plan: DataPlan, probes: Sequence[Probe], console: Console) -> None:
+    """Print the examples of each source. On a terminal trained tokens are green, else in «»."""
+    for probe in probes:
+        for example in probe.examples:
+            console.rule(Text(visible(f"{example.file} row {example.row}")), align="left")
+            _show(example, plan.sequence_len, console)
+    console.rule()
+    for probe in probes:
+        _say(f"{plan.sources[probe.source].name}: {fate(sum_of([probe.stats]), plan.sequence_len)}", console)
+    if len(probes) > 1:
+        _say(f"together: {fate(sum_of(probe.stats for probe in probes), plan.sequence_len)}", console)
 
 
-def _show(result: Sample | RowError, task: WindowTask, console: Console) -> None:
-    if isinstance(result, RowError):
-        console.print(
-            Text(f"rejected: {result.reason}{f' ({result.detail})' if result.detail else ''}", style="red")
-        )
+def _say(text: str, console: Console, style: str = "") -> None:
+    console.print(Text(visible(text), style=style), soft_wrap=True)
+
+
+def fate(totals: Totals, sequence_len: int) -> str:
+    """What becomes of the first rows, in words."""
+    given = f"the first {totals.rows:,} rows give {totals.documents:,} documents"
+    if totals.documents:
+        given += f" of {totals.tokens / totals.documents:,.0f} tokens on average"
+        given += f" ({totals.targets / totals.tokens:.0%} trained)"
+    parts = [given]
+    if totals.num_rejected:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in totals.reasons())
+        parts.append(f"{totals.num_rejected:,} rows rejected ({reasons})")
+    if totals.dropped:
+        parts.append(f"{totals.dropped:,} documents dropped (longer than sequence_len {sequence_len})")
+    if totals.truncated:
+        parts.append(f"{totals.truncated:,} of the documents cut to sequence_len {sequence_len}")
+    return ", ".join(parts)
+
+
+def _show(example: Example, sequence_len: int, console: Console) -> None:
+    if example.rejected:
+        _say(f"rejected: {example.rejected}", console, "red")
         return
-    targets = int((result.targets[1:] != 0).sum())
-    size = len(result.ids)
-    fate = ""
-    if size > task.sequence_len:
-        fate = f", longer than sequence_len {task.sequence_len}: {'cut' if task.truncate else 'dropped'}"
-    console.print(coloured(result, task, console.is_terminal))
-    console.print(
-        Text(f"{size:,} tokens, {targets:,} trained ({targets / max(size, 1):.0%}){fate}", style="dim")
-    )
+    console.print(coloured(example.tokens, console.is_terminal), soft_wrap=True)
+    text = f"{example.part}{example.part and ': '}"
+    text += f"{example.num_tokens:,} tokens, {example.num_trained:,} trained "
+    text += f"({example.num_trained / max(example.num_tokens, 1):.0%})"
+    if example.too_long:
+        text += f", longer than sequence_len {sequence_len}: {example.too_long}"
+    _say(text, console, "dim")
 
 
-def coloured(sample: Sample, task: WindowTask, terminal: bool) -> Text:
-    """The sample's text; targets are styled, or bracketed where there are no colours."""
-    decode = load_tokenizer(task.tokenizer).tokenizer.decode
+def coloured(tokens: Sequence[Token], terminal: bool) -> Text:
+    """The tokens' text; trained ones are styled, or bracketed where there are no colours."""
     text = Text()
-    ids, targets = sample.ids.tolist(), sample.targets.tolist()
-    start = 0
-    while start < len(ids):
-        stop = start
-        while stop < len(ids) and targets[stop] == targets[start]:
-            stop += 1
-        part = decode(ids[start:stop], skip_special_tokens=False)
-        if targets[start] and not terminal:
-            part = f"«{part}»"
-        text.append(part, style=_TRAINED if targets[start] else "")
-        start = stop
+    for trained, run in groupby(tokens, key=lambda token: token.trained):
+        text.append("«" if trained and not terminal else "")
+        for token in run:
+            styles = [_TRAINED] * trained + [_SPECIAL] * token.special
+            text.append(visible(token.text), style=" ".join(styles))
+        text.append("»" if trained and not terminal else "")
     return text

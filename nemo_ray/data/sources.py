@@ -13,9 +13,8 @@ another file's growth moves them:
     eval window            [==             ==   ==]
 """
 
-import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,13 +22,26 @@ import numpy as np
 from nemo_ray.config.schema import DataSection, DatasetSpec
 from nemo_ray.data.entries import files_of
 from nemo_ray.data.files import RUN_ROWS, FileIndex, read_span
+from nemo_ray.data.formats import format_of
+from nemo_ray.data.formats.base import resolve
+from nemo_ray.data.formats.fields import check_columns, check_fields
+from nemo_ray.data.formats.notices import notices_of
 from nemo_ray.data.held_out import choose_fraction, choose_rows
-from nemo_ray.data.manifest import FORMAT_VERSION, DataPlan, FileInfo, SourceInfo, Span, Window, digest
-from nemo_ray.data.opening import OpenedFile, open_files, unpacked_notices
-from nemo_ray.data.prepare import encode_rows, row_columns
+from nemo_ray.data.manifest import (
+    FORMAT_VERSION,
+    DataPlan,
+    FileInfo,
+    SourceInfo,
+    Span,
+    Window,
+    WindowList,
+    digest,
+)
+from nemo_ray.data.opening import open_files, unpacked_notices
+from nemo_ray.data.prepare import dataset_specs, encode_rows, fit, row_columns
 from nemo_ray.data.splits import parse_split, taken_rows
 from nemo_ray.data.tables import TableIndex
-from nemo_ray.data.template import RowError, chat_template
+from nemo_ray.data.template import RowError
 from nemo_ray.data.tokenizer import LoadedTokenizer, TokenizerSpec, load_tokenizer
 from nemo_ray.data.window_size import kept_window_size
 from nemo_ray.data.windows import Block, Ranges, blocks_of, count_rows, without
@@ -83,6 +95,7 @@ def plan_data(data: DataSection, base_model: str, directory: str, say: Say = _pr
     windows: list[Window] = []
     eval_windows: list[Window] = []
     infos = []
+    weighted = any(source.spec.weight != 1 for source in train)
     for number, source in enumerate([*train, *test]):
         whole: list[Ranges] = [[rows] if rows[0] < rows[1] else [] for rows in source.taken]
         testing = number >= len(train)
@@ -97,7 +110,7 @@ def plan_data(data: DataSection, base_model: str, directory: str, say: Say = _pr
         ):
             blocks = blocks_of(names, rows, size, aligned=aligned)
             made += [_window(number, source, block, packing) for block in blocks]
-        infos.append(_info(source, kept_out, testing))
+        infos.append(_info(source, kept_out, testing, weighted))
     if not windows:
         raise ConfigError(
             f"val_set_size: {data.val_set_size} holds out every row (rows are held out in "
@@ -108,8 +121,8 @@ def plan_data(data: DataSection, base_model: str, directory: str, say: Say = _pr
         directory=directory,
         fingerprint=digest(FORMAT_VERSION, keys, loaded.pad_id),
         sequence_len=data.sequence_len,
-        windows=tuple(windows),
-        eval_windows=tuple(eval_windows),
+        windows=WindowList(windows),
+        eval_windows=WindowList(eval_windows),
         sources=tuple(infos),
         notices=(*(line for source in (*train, *test) for line in source.notices), *_notices(data, loaded)),
         pad_id=loaded.pad_id,
@@ -128,13 +141,16 @@ def _open_source(
     directory: str,
     say: Say,
 ) -> _Source:
+    spec, tokenizer = resolve(spec, data), tokenizer.for_dataset(spec)
+    loaded = load_tokenizer(tokenizer)
     split = parse_split(spec.split, key)
     named = files_of(spec, split, key, key.startswith("test_"), say)
     opened = open_files(named, directory)
     files: list[FileInfo] = []
     rows = 0
     for file in opened:
-        _check_column(file, spec, key)
+        if isinstance(file.index, TableIndex):
+            check_columns(spec, key, file.path, file.index.columns)
         files.append(
             FileInfo(file.path, file.name, file.index.identity, file.format, file.index.num_rows, rows)
         )
@@ -171,31 +187,10 @@ def _open_source(
 
 def _settings(spec: DatasetSpec, data: DataSection, loaded: LoadedTokenizer) -> str:
     """Digest of all that shapes a shard, beside its rows and whether they are packed."""
-    fields: list[object] = [spec.type, spec.field]
-    if spec.type == "chat_template":
-        mappings = sorted(spec.message_property_mappings.items())
-        fields = [spec.type, spec.field_messages, mappings, data.train_on_inputs]
-    return digest(loaded.identity, fields, data.sequence_len, data.excess_length_strategy)
-
-
-def _check_column(file: OpenedFile, spec: DatasetSpec, key: str) -> None:
-    """A file of columns needs the one that is asked for; rows of other files are looked at one by one."""
-    option, field = _field(spec)
-    if isinstance(file.index, TableIndex) and field not in file.index.columns:
-        columns = file.index.columns
-        raise ConfigError(
-            f"{key}.{option}: {file.path} has no column {field!r}; it has {', '.join(columns)}"
-            f"{_did_you_mean(field, columns)}"
-        )
-
-
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, [str(other) for other in names], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _field(spec: DatasetSpec) -> tuple[str, str]:
-    return ("field", spec.field) if spec.type == "completion" else ("field_messages", spec.field_messages)
+    fields = format_of(spec).settings(spec)
+    return digest(
+        loaded.identity, fields, data.train_on_inputs, data.sequence_len, data.excess_length_strategy
+    )
 
 
 def _probe(
@@ -221,26 +216,16 @@ def _probe(
     rejected = [result for result in results if isinstance(result, RowError)]
     if len(rejected) == len(results):
         _refuse(spec, key, rejected, rows)
-    lengths = [len(result.ids) for result in results if not isinstance(result, RowError)]
-    limit = data.sequence_len
-    kept = [
-        min(length, limit)
-        for length in lengths
-        if length <= limit or data.excess_length_strategy == "truncate"
-    ]
-    return sum(kept) / len(rows)
+    samples = [sample for result in results if not isinstance(result, RowError) for sample in result]
+    splits, truncate = format_of(spec).splits, data.excess_length_strategy == "truncate"
+    kept = [part for sample in samples for part in fit(sample, data.sequence_len, splits, truncate)]
+    return sum(len(part.ids) for part in kept) / len(rows)
 
 
 def _refuse(spec: DatasetSpec, key: str, rejected: list[RowError], rows: list[object]) -> None:
     """Every probed row was rejected: say why, as an error of the key where a field is not there."""
     first = rejected[0]
-    option, field = _field(spec)
-    if all(one.reason == f"no field {field!r}" for one in rejected):
-        names = ", ".join(rows[0]) if isinstance(rows[0], dict) else "none"
-        raise ConfigError(
-            f"{key}.{option}: no row of {spec.path} has a field {field!r}; the first row has {names}"
-            f"{_did_you_mean(field, rows[0] if isinstance(rows[0], dict) else ())}"
-        )
+    check_fields(spec, key, rejected, rows[0])
     detail = f" ({first.detail})" if first.detail else ""
     raise DataError(
         f"{key}: none of the first {len(rejected)} rows of {spec.path} can be used: {first.reason}{detail}"
@@ -282,32 +267,26 @@ def _window(number: int, source: _Source, block: Block, packing: bool) -> Window
     return Window(number, spans, count_rows(block), digest(FORMAT_VERSION, source.settings, packing, rows))
 
 
-def _info(source: _Source, kept_out: list[Ranges], testing: bool) -> SourceInfo:
+def _info(source: _Source, kept_out: list[Ranges], testing: bool, weighted: bool) -> SourceInfo:
+    num_rows = sum(stop - start for start, stop in source.taken)
+    held_out = sum(stop - start for ranges in kept_out for start, stop in ranges)
+    tokens = (num_rows - held_out) * source.tokens_per_row
     return SourceInfo(
         name=source.spec.path if source.spec.split is None else f"{source.spec.path} {source.spec.split}",
         type=source.spec.type,
         files=source.files,
-        num_rows=sum(stop - start for start, stop in source.taken),
-        held_out_rows=sum(stop - start for ranges in kept_out for start, stop in ranges),
+        num_rows=num_rows,
+        held_out_rows=held_out,
         rows_per_window=source.rows_per_window,
         tokens_per_row=source.tokens_per_row,
         evaluation_only=testing,
-        weight=source.spec.weight,
+        weight=source.spec.weight * tokens if weighted and not testing else None,
     )
 
 
 def _notices(data: DataSection, loaded: LoadedTokenizer) -> tuple[str, ...]:
     """Lines that tell the user what is derived rather than given."""
     notices = []
-    types = {spec.type for spec in (*data.datasets, *data.test_datasets)}
-    if "chat_template" in types and loaded.chat_template is not None and not data.train_on_inputs:
-        template = chat_template(loaded.chat_template, loaded.special_tokens, loaded.cut_tokens)
-        if not template.marked:
-            notices.append(
-                "chat_template: it has no {% generation %} marks, so the text that an answer adds to "
-                "the chat, after the generation prompt, is trained; rows in which the template rewrites "
-                "earlier turns are rejected"
-            )
-    if "completion" in types and loaded.eos_id is None:
-        notices.append("datasets: the tokenizer has no eos token, so completion texts end without one")
-    return tuple(notices)
+    for spec in dataset_specs(data):
+        notices += notices_of(spec, load_tokenizer(loaded.spec.for_dataset(spec)), data)
+    return tuple(dict.fromkeys(notices))

@@ -1,12 +1,17 @@
 """What became of the rows: sums over the shards that exist, and their text for the user."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from nemo_ray.data import histograms
 from nemo_ray.data.files import BLANK_LINE
-from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.histograms import Histograms
+from nemo_ray.data.manifest import DataPlan, Window, WindowList
 from nemo_ray.data.shards import ShardStats, read_stats
+from nemo_ray.visible import visible
+
+_EXAMPLES_OF_A_REASON = 3
 
 
 class Totals:
@@ -16,23 +21,29 @@ class Totals:
         self.windows = self.rows = self.documents = self.packs = self.tokens = 0
         self.targets = self.dropped = self.truncated = 0
         self.rejected: Counter[str] = Counter()
+        self.histograms: Histograms = {}
 
-    def add(self, stats: ShardStats) -> None:
-        """Count one shard."""
-        self.windows += 1
-        self.rows += stats.rows
-        self.documents += stats.documents
-        self.packs += stats.packs
-        self.tokens += stats.tokens
-        self.targets += stats.targets
-        self.dropped += stats.dropped
-        self.truncated += stats.truncated
-        self.rejected.update(stats.rejected)
+    def add(self, more: "ShardStats | Totals") -> None:
+        """Count one shard, or all that another sum has counted."""
+        self.windows += more.windows if isinstance(more, Totals) else 1
+        self.rows += more.rows
+        self.documents += more.documents
+        self.packs += more.packs
+        self.tokens += more.tokens
+        self.targets += more.targets
+        self.dropped += more.dropped
+        self.truncated += more.truncated
+        self.rejected.update(more.rejected)
+        histograms.add(self.histograms, more.histograms)
 
     @property
     def num_rejected(self) -> int:
-        """Rows that could not be used; blank lines are no rows, and are listed only."""
+        """Rows that could not be used; blank lines are no rows."""
         return sum(count for reason, count in self.rejected.items() if reason != BLANK_LINE)
+
+    def reasons(self) -> list[tuple[str, int]]:
+        """(reason, rows) of rejected rows, the most frequent first."""
+        return [(reason, count) for reason, count in self.rejected.most_common() if reason != BLANK_LINE]
 
     def to_json(self, sequence_len: int) -> dict[str, Any]:
         """A JSON-ready dict; `efficiency` is the share of positions that hold a token, None without packs."""
@@ -45,24 +56,39 @@ class Totals:
             "targets": self.targets,
             "dropped": self.dropped,
             "truncated": self.truncated,
-            "rejected": dict(self.rejected.most_common()),
+            "rejected": dict(self.reasons()),
+            "blank_lines": self.rejected[BLANK_LINE],
             "efficiency": self.tokens / (self.packs * sequence_len) if self.packs else None,
+            "histograms": self.histograms,
         }
+
+
+def sum_of(parts: Iterable[ShardStats | Totals]) -> Totals:
+    """The sum of shards' statistics."""
+    totals = Totals()
+    for part in parts:
+        totals.add(part)
+    return totals
 
 
 def sum_shards(plan: DataPlan, windows: Iterable[Window]) -> Totals:
     """The sum over those windows whose shards exist."""
-    totals = Totals()
+    return sum_of(stats for stats in existing_stats(plan, list(windows)) if stats is not None)
+
+
+def existing_stats(plan: DataPlan, windows: Sequence[Window]) -> Iterator[ShardStats | None]:
+    """The statistics of each window's shard; None where there is none."""
     for window in windows:
         path = plan.shard_path(window)
-        if path.exists():
-            totals.add(read_stats(path))
-    return totals
+        yield read_stats(path) if path.exists() else None
 
 
 def data_statistics(plan: DataPlan) -> dict[str, Any]:
     """JSON-ready: the sources, what is estimated before anything is prepared, and sums over what exists."""
+    train, examples = _by_source(plan, plan.windows)
+    held_out, more = _by_source(plan, plan.eval_windows)
     return {
+        "sequence_len": plan.sequence_len,
         "sources": [
             {
                 "name": source.name,
@@ -71,21 +97,44 @@ def data_statistics(plan: DataPlan) -> dict[str, Any]:
                 "rows": source.num_rows,
                 "held_out_rows": source.held_out_rows,
                 "tokens_per_row": round(source.tokens_per_row, 1),
+                "evaluation_only": source.evaluation_only,
+                "train": train[number].to_json(plan.sequence_len),
+                "held_out": held_out[number].to_json(plan.sequence_len),
             }
-            for source in plan.sources
+            for number, source in enumerate(plan.sources)
         ],
-        "train": _part(plan, plan.windows),
-        "held_out": _part(plan, plan.eval_windows),
+        "train": _part(plan, plan.windows, train),
+        "held_out": _part(plan, plan.eval_windows, held_out),
+        "rejected_examples": [*examples, *more],
     }
 
 
-def _part(plan: DataPlan, windows: tuple[Window, ...]) -> dict[str, Any]:
+def _by_source(plan: DataPlan, windows: Sequence[Window]) -> tuple[list[Totals], list[dict[str, Any]]]:
+    """The sums of each source, and the first rejected rows of each reason."""
+    totals = [Totals() for _ in plan.sources]
+    examples: list[dict[str, Any]] = []
+    seen: Counter[str] = Counter()
+    for window, stats in zip(windows, existing_stats(plan, windows), strict=True):
+        if stats is not None:
+            totals[window.source].add(stats)
+            for index, reason, detail in stats.rejected_rows:
+                if reason != BLANK_LINE and seen[reason] < _EXAMPLES_OF_A_REASON:
+                    seen[reason] += 1
+                    file, row = plan.locate(window, index)
+                    examples.append({"file": file, "row": row, "reason": reason, "detail": detail})
+    return totals, examples
+
+
+def _part(plan: DataPlan, windows: WindowList, sources: Sequence[Totals]) -> dict[str, Any]:
     return {
         "windows": len(windows),
-        "planned_rows": sum(window.num_rows for window in windows),
-        "estimated_tokens": round(sum(plan.estimated_tokens(window) for window in windows)),
-        **sum_shards(plan, windows).to_json(plan.sequence_len),
+        "planned_rows": int(windows.num_rows.sum()),
+        "estimated_tokens": round(plan.estimated_tokens(windows)),
+        **sum_of(sources).to_json(plan.sequence_len),
     }
+
+
+# -- in words -------------------------------------------------------------------------------------
 
 
 def describe(statistics: dict[str, Any]) -> list[str]:
@@ -100,7 +149,9 @@ def describe(statistics: dict[str, Any]) -> list[str]:
         if part["windows"]:
             lines.append(f"{name}: {_describe_part(part)}")
             lines += [f"  rejected: {count:,} rows, {reason}" for reason, count in part["rejected"].items()]
-    return lines
+            if part["blank_lines"]:
+                lines.append(f"  skipped: {part['blank_lines']:,} blank lines")
+    return [visible(line) for line in lines]
 
 
 def _describe_part(part: dict[str, Any]) -> str:
@@ -113,7 +164,7 @@ def _describe_part(part: dict[str, Any]) -> str:
     if part["prepared_windows"] < part["windows"]:
         text += f"; {part['prepared_windows']:,} of {part['windows']:,} windows prepared"
     if part["dropped"]:
-        text += f"; {part['dropped']:,} rows dropped (longer than sequence_len)"
+        text += f"; {part['dropped']:,} documents dropped (longer than sequence_len)"
     if part["truncated"]:
-        text += f"; {part['truncated']:,} rows cut to sequence_len"
+        text += f"; {part['truncated']:,} documents cut to sequence_len"
     return text

@@ -1,11 +1,12 @@
 """Chat templates: jinja2 in a sandbox, as transformers renders them, with the assistant's text marked.
 
-Owns messages -> `Rendered` (text and the character spans of targets). Encoding is encode.py's.
+Owns messages -> `Rendered` (text, and the character spans between the template's marks). Which turns are
+trained, and on which text, is turns.py's; encoding is encode.py's.
 """
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -17,12 +18,13 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from nemo_ray.data.template_source import appends_only, mark_prompt
 from nemo_ray.errors import ConfigError
 
-OPENING, CLOSING = "\ufdd0", "\ufdd1"
-"""Stand in the rendered text for a mark's two ends. Unicode's non-characters: no text holds them."""
+OPENING, CLOSING, PROMPT = "\ufdd0", "\ufdd1", "\ufdd4"
+"""Stand in the rendered text for a mark's two ends, and before a generation prompt. Unicode's non-characters:
+no text holds them."""
 
-_MARKS = re.compile(f"[{OPENING}{CLOSING}]")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -30,16 +32,20 @@ class RowError(Exception):
     """A row that cannot become a sample: rows are counted by `reason`, a short phrase."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
+        # A detail may quote the row, whose text may be none that can be printed.
+        detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
 
 
 class Rendered(NamedTuple):
-    """A conversation as text; `targets` are disjoint ascending character spans [start, stop)."""
+    """A row as text; `targets` are disjoint ascending character spans [start, stop)."""
 
     text: str
     targets: tuple[tuple[int, int], ...]
+    framed: bool = False
+    """Plain text: it stands between the tokenizer's own special tokens, and an eos token ends it."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -79,102 +85,74 @@ def _strftime_now(pattern: str) -> str:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A compiled template and the special tokens that it may write."""
+    """A compiled template, and all that it sees beside a row."""
 
     template: jinja2.Template
-    special_tokens: dict[str, str]
-    turn_ends: tuple[str, ...]
-    """Without marks: white space after one of these is not trained."""
+    variables: Mapping[str, Any]
+    """jinja's globals, special tokens by their names, and the configuration's chat_template_kwargs."""
     marked: bool
-    """It has `{% generation %}` marks: targets are exact. Else they are derived, see `_by_prefixes`."""
+    """It has `{% generation %}` marks: they say what an assistant's turn is."""
+    appends: bool
+    """Shown from its source: the text of a chat's beginning is a beginning of the chat's text."""
+    prompts: bool
+    """It writes PROMPT before its generation prompt, and the text without one before that."""
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Any = None) -> Rendered:
-        """Text and targets of one conversation. Raises RowError."""
-        if not any(message.get("role") == "assistant" for message in messages):
-            raise RowError("no assistant turn")
-        if self.marked:
-            return _read_marks(self._text(messages, tools))
-        return self._by_prefixes(messages, tools)
-
-    def _text(self, messages: Sequence[dict[str, Any]], tools: Any, prompt: bool = False) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], tools: Any = None, *, prompt: bool = False) -> str:
+        """The text of a chat, with the mark characters in it. Raises RowError."""
         try:
-            return self.template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=prompt,
-                **self.special_tokens,
-            )
+            values = {**self.variables, "messages": messages, "tools": tools, "add_generation_prompt": prompt}
+            # What Template.render does, without a copy of the environment's globals for each row.
+            return "".join(self.template.root_render_func(self.template.new_context(values, shared=True)))
         except Exception as error:  # templates run whatever their author wrote
             raise RowError("the chat template fails", f"{type(error).__name__}: {error}") from None
 
-    def _by_prefixes(self, messages: Sequence[dict[str, Any]], tools: Any) -> Rendered:
-        """Targets without marks: what an assistant's message adds to the text, less its header.
 
-        The header is what the generation prompt writes, as far as the message begins with it. Each
-        beginning of the chat must be a beginning of the text, else the row is rejected: the answer would be
-        trained in a context that the template never writes.
-        """
-        text = self._text(messages, tools)
-        targets = []
-        for index, message in enumerate(messages):
-            if message.get("role") != "assistant":
-                continue
-            before = self._text(messages[:index], tools)
-            prompt = self._text(messages[:index], tools, prompt=True)
-            after = self._text(messages[: index + 1], tools) if index + 1 < len(messages) else text
-            if not (text.startswith(after) and after.startswith(before) and prompt.startswith(before)):
-                raise RowError("the template rewrites earlier turns", f"at message {index}")
-            start = _common_length(prompt, after)
-            if start == len(before) < len(prompt):
-                raise RowError("the template's generation prompt does not fit", f"at message {index}")
-            trimmed = after.rstrip()
-            stop = len(trimmed) if trimmed.endswith(self.turn_ends) else len(after)
-            if stop > start:
-                targets.append((start, stop))
-        return Rendered(text, tuple(targets))
-
-
-def _common_length(first: str, second: str) -> int:
-    """Length of the longest common beginning."""
-    if second.startswith(first):
-        return len(first)
-    return next(
-        index for index, pair in enumerate(zip(first, second + "\0", strict=False)) if pair[0] != pair[1]
-    )
-
-
-def _read_marks(marked: str) -> Rendered:
-    """Take the mark characters out and return where they stood."""
-    parts = _MARKS.split(marked)
-    ends = _MARKS.findall(marked)
-    if ends != [OPENING, CLOSING] * (len(ends) // 2):
+def read_marks(marked: str) -> Rendered:
+    """Take the mark characters out and return where they stood. Raises RowError."""
+    text, *marks = marked.split(OPENING)
+    parts, targets, position, whole = [text], [], len(text), CLOSING not in text
+    for mark in marks:
+        inside, closed, outside = mark.partition(CLOSING)
+        whole = whole and closed == CLOSING and CLOSING not in outside
+        if inside:
+            targets.append((position, position + len(inside)))
+        parts += (inside, outside)
+        position += len(inside) + len(outside)
+    if not whole:
         raise RowError(
             "the chat template's marks are broken", "nested, or U+FDD0 or U+FDD1 stands in the row"
         )
-    targets = []
-    position = 0
-    for index, part in enumerate(parts):
-        if index % 2 and part:
-            targets.append((position, position + len(part)))
-        position += len(part)
     return Rendered("".join(parts), tuple(targets))
 
 
-@lru_cache(maxsize=8)
-def _compile(text: str) -> jinja2.Template:
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+@lru_cache(maxsize=16)
+def _compile(text: str) -> tuple[jinja2.Template, bool, bool]:
+    """The template, whether it only appends, and whether it marks its prompt."""
+    environment = _environment()
     try:
-        return environment.from_string(text)
+        tree = environment.parse(text)
+        appends, prompts = appends_only(tree), mark_prompt(tree, PROMPT)
+        code = environment.compile(tree)
+        return jinja2.Template.from_code(environment, code, environment.globals), appends, prompts
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"chat_template: line {error.lineno}: {error.message}") from None
 
 
-def chat_template(text: str, special_tokens: dict[str, str], turn_ends: tuple[str, ...]) -> ChatTemplate:
-    """Compile a template. Raises ConfigError where it is no valid jinja."""
-    return ChatTemplate(_compile(text), special_tokens, turn_ends, _GENERATION.search(text) is not None)
+def chat_template(
+    text: str, special_tokens: Mapping[str, str], arguments: Mapping[str, Any] | None = None
+) -> ChatTemplate:
+    """Compile a template; `arguments` are chat_template_kwargs. Raises ConfigError where it is no jinja."""
+    compiled, appends, prompts = _compile(text)
+    variables = {**compiled.globals, **special_tokens, "documents": None, **(arguments or {})}
+    return ChatTemplate(compiled, variables, _GENERATION.search(text) is not None, appends, prompts)

@@ -5,14 +5,14 @@ tokens at which text may be cut without changing a single id. What is encoded is
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from nemo_ray.config.schema import DataSection
+from nemo_ray.config.schema import DataSection, DatasetSpec
 from nemo_ray.data.manifest import digest
 from nemo_ray.errors import ConfigError
 from nemo_ray.hub import is_reference, local_folder
@@ -32,17 +32,25 @@ class TokenizerSpec:
     @classmethod
     def of(cls, data: DataSection, base_model: str) -> "TokenizerSpec":
         """The tokenizer that a run's configuration names; paths become absolute."""
-        template = data.chat_template
-        if template != TOKENIZER_DEFAULT:
-            template = str(Path(template).expanduser().absolute())
         folder = base_model if is_reference(base_model) else str(Path(base_model).expanduser().absolute())
-        return cls(folder, template, tuple(sorted(data.special_tokens.items())))
+        return cls(folder, _absolute(data.chat_template), tuple(sorted(data.special_tokens.items())))
+
+    def for_dataset(self, spec: DatasetSpec) -> "TokenizerSpec":
+        """The same with the dataset's chat template, where it has one of its own."""
+        if spec.chat_template is None:
+            return self
+        return replace(self, chat_template=_absolute(spec.chat_template))
+
+
+def _absolute(template: str) -> str:
+    return template if template == TOKENIZER_DEFAULT else str(Path(template).expanduser().absolute())
 
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
     """A tokenizer ready to encode, with what templates and packs need of it."""
 
+    spec: TokenizerSpec
     tokenizer: Tokenizer
     special_tokens: dict[str, str]
     """Name -> text, as chat templates see them (bos_token, eos_token, ...)."""
@@ -62,8 +70,23 @@ class LoadedTokenizer:
         definition["post_processor"] = None
         return Tokenizer.from_str(json.dumps(definition))
 
+    @cached_property
+    def num_ids(self) -> int:
+        """One more than the largest token id."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-@lru_cache(maxsize=4)
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Ids that the tokenizer puts before and after a text of its own accord."""
+        bare = self.tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self.tokenizer.encode("a", add_special_tokens=True).ids
+        starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+        if not starts:
+            raise ConfigError("base_model: its tokenizer changes a text's ids where special tokens are added")
+        return whole[: starts[0]], whole[starts[0] + len(bare) :]
+
+
+@lru_cache(maxsize=8)
 def load_tokenizer(spec: TokenizerSpec) -> LoadedTokenizer:
     """Read the folder's tokenizer. Raises ConfigError naming the file that is missing or wrong."""
     folder = local_folder(spec.folder, weights=False)
@@ -99,6 +122,7 @@ def load_tokenizer(spec: TokenizerSpec) -> LoadedTokenizer:
         )
     definition = json.loads(text)
     return LoadedTokenizer(
+        spec=spec,
         tokenizer=tokenizer,
         special_tokens=special,
         chat_template=template,

@@ -19,6 +19,7 @@ from torch import nn
 from nemo_ray.errors import CheckpointError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import publish_folder, publish_json, read_json, remove_tree
+from nemo_ray.train.best import steps_to_delete
 from nemo_ray.train.optim import AdamW, AdamW8bit
 
 FULL_DISK_BYTES = 16 * 2**20
@@ -33,6 +34,7 @@ class TrainState:
 
     step: int = 0
     cursor: int = 0  # packs consumed, in global order, over all epochs
+    place: dict[str, Any] | None = None  # where the reader of packs goes on; None at the beginning
     epoch: float = 0.0  # rows consumed / rows of an epoch
     data_hash: str = ""
 
@@ -49,8 +51,10 @@ def save_checkpoint(
     optimizer: Optimizer,
     state: TrainState,
     keep: int | None,
+    best: int | None = None,
 ) -> None:
-    """Write `checkpoints/step-N`; every rank calls it. Rank 0 then deletes all but the newest `keep`.
+    """Write `checkpoints/step-N`; every rank calls it. Rank 0 then deletes the oldest beyond `keep`, but
+    never that of step `best`.
 
     Raises: CheckpointError where the disk does not take it.
     """
@@ -68,11 +72,12 @@ def save_checkpoint(
     try:
         dcp.save(tensors, checkpoint_id=partial)
         if first:
+            run.flush_metrics()  # a run that goes on from here sends no row up to this step again
             publish_json(partial / "state.json", asdict(state))
             publish_folder(partial, final)
             if keep is not None:
-                for old in run.complete_checkpoints()[:-keep]:
-                    remove_tree(old)
+                for step in steps_to_delete(run.checkpoint_steps(), keep, best):
+                    remove_tree(run.checkpoint_dir(step))
     except (OSError, dcp.api.CheckpointException) as error:
         cause = _cause(error)
         free_bytes = shutil.disk_usage(partial.parent).free
@@ -82,6 +87,11 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{final} could not be written: {cause}") from None
     dist.barrier()
+
+
+def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Read what trains, without the optimizer, from a checkpoint of this run; every rank calls it."""
+    dcp.load({name: parameter.detach() for name, parameter in parameters.items()}, checkpoint_id=folder)
 
 
 def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> TrainState:

@@ -33,9 +33,11 @@ from nemo_ray.plan import estimate_memory
 from nemo_ray.run_dir import RunDir
 from nemo_ray.targets import expert_paths, find_targets, linear_paths, read_shape
 from nemo_ray.train import cluster, outputs, resources, summary
+from nemo_ray.train.best import check_metric
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.progress import ProgressDisplay
+from nemo_ray.train.trackers.setup import check_trackers, variables_to_pass_on
 
 _POLL_S = 0.2
 _END_AFTER_DATA_FAILED_S = 120.0
@@ -54,7 +56,8 @@ def prepare_data(
         order=window_order(plan, config.seed),
         num_cpus=resources.DATA_TASK_CPUS,
         stop=stop,
-        progress=progress,
+        progress=lambda now: progress(now.windows, now.num_windows),
+        listing=RunDir(config.output_dir).rejected_file,
     )
 
 
@@ -138,6 +141,7 @@ class Launch:
         asked, run = self.config, self.run_dir
         self.say(f"output: {run.path}")
         start = outputs.decide_start(run, asked)
+        check_trackers(asked.tracking, os.environ)
         address = session.address_to_join(asked.ray, os.environ)
         resources.require_num_workers(asked.ray, connected=address is not None)
         revision = outputs.base_revision(asked, start)
@@ -150,8 +154,10 @@ class Launch:
             if config.lora_model_dir:
                 check_adapter_dir(config.adapter_config, shape)
         plan = self.plan = self.parts.plan(config.data, model, config.dataset_prepared_path or "")
+        check_metric(config.train, plan)
         if start.checkpoint is not None:
             outputs.check_plan(run, plan)
+            outputs.check_best(run, config.train, start.checkpoint)
         wanted, beside = self._enter_ray(address)
         self.interrupts.collect()
         outputs.begin(run, start, plan)
@@ -177,7 +183,9 @@ class Launch:
             session.start_local(resources.local_cpus(wanted), self.environment)
             nodes = session.nodes()
         else:
-            session.connect(address, self.environment, hub.variables_to_pass_on(self.config, os.environ))
+            variables = hub.variables_to_pass_on(self.config, os.environ)
+            variables |= variables_to_pass_on(self.config.tracking, os.environ)
+            session.connect(address, self.environment, variables)
             nodes = session.nodes()
             wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in nodes))
         return wanted, resources.place(wanted, nodes, self.config.ray.accelerator_type)
@@ -247,7 +255,7 @@ class Launch:
                 display.say("stopping: saving a checkpoint (again to stop at once)")
             if not data_told and data.wait(0):
                 data_told = True
-                for line in summary.data_lines(self.plan) if data.error is None else ():
+                for line in summary.data_lines(self.plan, self.run_dir) if data.error is None else ():
                     display.say(line)
             if data.error is not None and not stopping:
                 stopping = True
@@ -297,7 +305,7 @@ class Launch:
         shutil.rmtree(run.ray_dir, ignore_errors=True)
         run.stop_file.unlink(missing_ok=True)
         if code != 0 and not run.has_trained():
-            run.clear(keep=(run.error_file,))
+            run.clear(keep=(run.error_file, run.rejected_file))
             return
         outcome = {0: "finished", INTERRUPTED: "stopped"}.get(code, "failed")
         facts = {"outcome": outcome, "ended_at": datetime.now(UTC).isoformat(timespec="seconds")}

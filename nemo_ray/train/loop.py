@@ -13,12 +13,13 @@ import torch.distributed as dist
 
 from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.manifest import DataPlan
-from nemo_ray.data.reader import EvalReader, PackReader, StepPacks
+from nemo_ray.data.reader import PackReader, StepPacks
+from nemo_ray.errors import DataError
 from nemo_ray.run_dir import RunDir
+from nemo_ray.train.best import EVAL_LOSS, Best, best_of
 from nemo_ray.train.checkpoint import TrainState, save_checkpoint
-from nemo_ray.train.loss import IGNORED
+from nemo_ray.train.evaluation import Evaluator
 from nemo_ray.train.metrics import FiguresOnTheWay, extend_hash, passed_multiple, peak_memory_bytes
-from nemo_ray.train.micro_batch import MicroBatch
 from nemo_ray.train.optim import learning_rate
 from nemo_ray.train.update import Trainee, Update
 
@@ -44,6 +45,9 @@ class Trainer:
         self.trainee, self.train, self.plan, self.run_dir, self.report = trainee, train, plan, run, report
         self.state = state
         self.update = Update(trainee, train)
+        self.evaluator = Evaluator(trainee, plan, train.micro_batch_size)
+        self.best = Best(train)
+        self.stopped_early: dict[str, int] | None = None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.eval_loss: float | None = None
         self.started_s = time.monotonic()
@@ -58,8 +62,7 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the end, or until somebody asks for a stop; returns whether the end was reached."""
-        if self._evaluated_before():
-            self._evaluated_step = self.state.step
+        self._remember_evaluations()
         if self.state.step == 0 and self._evaluated_step != 0:
             self.evaluate()
         reader = PackReader(
@@ -69,12 +72,16 @@ class Trainer:
             rank=self.rank,
             world_size=self.world_size,
             packs_per_step=self.world_size * self._packs_per_rank(),
-            cursor=self.state.cursor,
+            place=self.state.place,
         )
         finished = True
         # The first evaluation is no measure of the steps' pace.
         self.started_s = self._step_ended_s = time.monotonic()
         while not (self.train.max_steps and self.state.step >= self.train.max_steps):
+            if self.best.patience_is_over and self._progress(self.state.epoch, self.state.step) < 1.0:
+                misses = self.best.misses
+                self.stopped_early = {"step": self.state.step, "evaluations_without_improvement": misses}
+                break
             packs = reader.next_step()
             if packs is None:
                 break
@@ -101,8 +108,8 @@ class Trainer:
         rate = learning_rate(self.train, self.state.step, before, after)
         loss_sum, grad_norm = self.update(packs.packs, num_targets, rate)
         self.state.step += 1
-        self.state.cursor, self.state.epoch = packs.cursor, packs.epoch
-        self.state.data_hash = extend_hash(self.state.data_hash, packs.sample_ids)
+        self.state.cursor, self.state.place, self.state.epoch = packs.cursor, packs.place, packs.epoch
+        self.state.data_hash = extend_hash(self.state.data_hash, packs.drawn)
         row = dict.fromkeys(TRAIN_FIELDS) | {
             "step": self.state.step,
             "epoch": self.state.epoch,
@@ -130,33 +137,30 @@ class Trainer:
             self._step_ended_s = time.monotonic()
         return True
 
-    @torch.no_grad()
-    def evaluate(self) -> float | None:
-        """Loss a target token over the held-out packs; None where there are none."""
+    def evaluate(self) -> None:
+        """Evaluate the held-out rows, where there are any; save the best weights so far, where asked to."""
         if not self.plan.eval_windows:
-            return None
+            return
         self.write_progress("evaluating", now=True)
-        trainee, size = self.trainee, self.train.micro_batch_size
-        reader = EvalReader(
-            self.plan, rank=self.rank, world_size=self.world_size, packs_per_step=self.world_size * size
-        )
-        total = torch.zeros(2, dtype=torch.float64, device=trainee.device)
-        trainee.model.eval()
-        while (packs := reader.next_step()) is not None:
-            micro = MicroBatch.collate(packs.packs, trainee.device)
-            total[0] -= trainee.model.target_log_probs(micro.batch, micro.targets).double().sum()
-            total[1] += (micro.targets != IGNORED).sum()
-        trainee.model.train()
-        dist.all_reduce(total)
-        if not total[1]:
-            return None
-        self.eval_loss = float(total[0] / total[1])
+        found = self.evaluator()
+        if found is None:
+            if self.train.load_best_model_at_end or self.train.early_stopping_patience:
+                raise DataError(
+                    "val_set_size, test_datasets: no held-out row has a target token, so there is no best "
+                    "evaluation; hold out other rows, or remove load_best_model_at_end and "
+                    "early_stopping_patience"
+                )
+            return
+        row = {"step": self.state.step, **found}
+        self.eval_loss = row["eval_loss"]
         self._evaluated_step = self.state.step
         if self.rank == 0:
-            self.run_dir.append_metrics({"step": self.state.step, "eval_loss": self.eval_loss})
+            self.run_dir.append_metrics(row)
+        is_best = self.best.add(row)
         self.report({"step": self.state.step, "eval_loss": self.eval_loss})
+        if is_best and self.train.load_best_model_at_end:
+            self.save()
         self.write_progress("training", now=True)
-        return self.eval_loss
 
     def save(self) -> None:
         """Write a checkpoint of the current step, unless that exists or nothing was trained."""
@@ -169,6 +173,7 @@ class Trainer:
             self.trainee.optimizer,
             self.state,
             self.train.save_total_limit,
+            self.best.step if self.train.load_best_model_at_end else None,
         )
         self._saved_step = self.state.step
         self.report({"step": self.state.step, "eval_loss": self.eval_loss})
@@ -176,12 +181,16 @@ class Trainer:
 
     # -- small parts -----------------------------------------------------------------------------
 
-    def _evaluated_before(self) -> bool:
-        """Whether this run had evaluated at this very step before it was broken off; all workers agree."""
-        for row in self.run_dir.read_metrics() if self.rank == 0 else ():
-            if "eval_loss" in row and row["step"] == self.state.step:
-                self.eval_loss = row["eval_loss"]
-        return bool(self._sum_over_workers(int(self.eval_loss is not None))[0])
+    def _remember_evaluations(self) -> None:
+        """Count the evaluations up to this step that the run made before it was broken off."""
+        rows = [row for row in self.run_dir.read_metrics() if EVAL_LOSS in row] if self.rank == 0 else []
+        told = [rows]
+        dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
+        self.best = best_of(told[0], self.train, self.state.step)
+        for row in told[0]:
+            if row["step"] == self.state.step:
+                self.eval_loss = row[EVAL_LOSS]
+                self._evaluated_step = self.state.step
 
     def _packs_per_rank(self) -> int:
         return self.train.micro_batch_size * self.train.gradient_accumulation_steps

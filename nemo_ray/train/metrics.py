@@ -5,16 +5,16 @@ import math
 import resource
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 
-def extend_hash(previous: str, sample_ids: Sequence[np.ndarray]) -> str:
-    """Hash of all samples so far: of the hash before, and a step's (source, row) arrays in global order."""
-    digest = hashlib.blake2b(previous.encode(), digest_size=16)
-    for ids in sample_ids:
-        digest.update(np.ascontiguousarray(ids, dtype=np.int64).tobytes())
-    return digest.hexdigest()
+def extend_hash(previous: str, drawn: Sequence[tuple[str, int]]) -> str:
+    """Hash of all samples so far: of the hash before, and a step's packs in global order.
+
+    A pack is named by its window's key, which is a digest of the rows and of all that shapes them, and its
+    number in the shard.
+    """
+    return hashlib.blake2b(f"{previous}{drawn}".encode(), digest_size=16).hexdigest()
 
 
 class FiguresOnTheWay:

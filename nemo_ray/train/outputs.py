@@ -11,13 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nemo_ray.config.schema import Config, DatasetSpec
+from nemo_ray.config.schema import Config, DatasetSpec, TrainSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
 from nemo_ray.hub_datasets import commit_of
 from nemo_ray.run_dir import RunDir
 from nemo_ray.session import JOB_CONFIG_VARIABLE
-from nemo_ray.storage import publish_json, read_json
+from nemo_ray.storage import publish_bytes, read_json
+from nemo_ray.train.best import best_of
 
 DEFAULT_STORAGE_PATH = "~/nemo_ray"
 _PACKAGES = ("nemo_ray", "ray", "torch", "transformers", "peft", "pyarrow")
@@ -54,6 +55,9 @@ def resolve_paths(config: Config, job: bool, cwd: Path) -> Config:
         value = getattr(config, name)
         if value is not None and value != "auto":
             update[name] = str(base / value if not (cwd / value).exists() else cwd / value)
+    uri = config.mlflow_tracking_uri
+    if uri is not None and ":" not in uri and uri != "databricks":  # a folder
+        update["mlflow_tracking_uri"] = str(base / uri)
     if not job:
         update["base_model"] = _absolute(config.base_model, cwd)
         update["chat_template"] = _absolute(config.chat_template, cwd)
@@ -68,7 +72,10 @@ def _absolute(path: str, cwd: Path) -> str:
 
 
 def _absolute_dataset(spec: DatasetSpec, cwd: Path) -> DatasetSpec:
-    return spec.model_copy(update={"path": _absolute(spec.path, cwd)})  # data_files lie in that folder
+    update = {"path": _absolute(spec.path, cwd)}  # data_files lie in that folder
+    if spec.chat_template is not None:
+        update["chat_template"] = _absolute(spec.chat_template, cwd)
+    return spec.model_copy(update=update)
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,7 @@ def begin(run: RunDir, start: Start, plan: DataPlan) -> None:
         for later in complete[names.index(start.checkpoint.name) + 1 :]:
             later.rename(later.with_name(f"{later.name}.superseded-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
     if start.checkpoint is None or not run.data_plan_file.exists():
-        publish_json(run.data_plan_file, plan.to_json())
+        publish_bytes(run.data_plan_file, json.dumps(plan.to_json()).encode())
 
 
 def check_plan(run: RunDir, plan: DataPlan) -> None:
@@ -199,8 +206,21 @@ def check_plan(run: RunDir, plan: DataPlan) -> None:
         )
 
 
+def check_best(run: RunDir, train: TrainSection, checkpoint: Path) -> None:
+    """Raises ConfigError where the run cannot end with its best weights, since they were not kept."""
+    if not train.load_best_model_at_end or checkpoint.resolve().parent != run.checkpoints_dir.resolve():
+        return
+    best = best_of(run.read_metrics(), train, int(checkpoint.name.removeprefix("step-")))
+    if best.step is not None and best.step not in run.checkpoint_steps():
+        raise ConfigError(
+            f"load_best_model_at_end: true, but the best evaluation up to {checkpoint.name}, at step "
+            f"{best.step}, has no checkpoint in {run.path}; remove the key to go on without it"
+        )
+
+
 def _identity(plan: DataPlan) -> tuple[object, ...]:
-    return plan.fingerprint, plan.windows, plan.eval_windows
+    weights = [source.weight for source in plan.sources]
+    return plan.fingerprint, plan.windows, plan.eval_windows, weights
 
 
 def run_facts(

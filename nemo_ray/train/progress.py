@@ -63,6 +63,14 @@ def status_line(figures: Mapping[str, Any]) -> str:
     return "  ".join(part for part in parts if part)
 
 
+def by_dataset(row: Mapping[str, Any]) -> str:
+    """The losses of an evaluation row by dataset, in brackets; nothing where there is one only."""
+    losses = {name: own["loss"] for name, own in row.get("eval_datasets", {}).items()}
+    if len(losses) < 2:
+        return ""
+    return f" ({', '.join(f'{name} {loss:.4f}' for name, loss in losses.items() if loss is not None)})"
+
+
 def _key(row: Mapping[str, Any]) -> tuple[int, bool]:
     return row["step"], "eval_loss" in row
 
@@ -120,6 +128,7 @@ class ProgressDisplay:
         self._tail.skip(_step_of_newest_checkpoint(run))
         self._checkpoints = {path.name for path in run.complete_checkpoints()}
         self._model_shown = False
+        self._notices: set[str] = set()
         self._line_at_s = self._looked_at_s = -float("inf")
         self._last_line = ""
         self._began_s = clock()
@@ -170,12 +179,14 @@ class ProgressDisplay:
             self._tell_model()
         for row in self._tail.new_rows():
             if "eval_loss" in row:
-                self.say(f"held-out loss {row['eval_loss']:.4f} at step {row['step']}")
+                self.say(f"held-out loss {row['eval_loss']:.4f} at step {row['step']}{by_dataset(row)}")
             else:  # written at every logged step, where progress.json may skip some
                 self._figures |= {name: row[name] for name in _ROW_FIGURES if name in row}
         if self._clock() - self._looked_at_s >= _SLOW_POLL_S or self.phase == "done":
             self._looked_at_s = self._clock()
             self._tell_checkpoints()
+            if self._model_shown:  # a tracker may have failed since
+                self._tell_notices(self._run.read_run())
         self._draw()
 
     def _newest_checkpoint(self) -> str:
@@ -192,7 +203,12 @@ class ProgressDisplay:
             self.say(
                 f"model: {model['total']:,} parameters, {model['trainable']:,} of them trained ({share:.2%})"
             )
-            for notice in facts.get("notices", ()):
+            self._tell_notices(facts)
+
+    def _tell_notices(self, facts: Mapping[str, Any]) -> None:
+        for notice in facts.get("notices", ()):
+            if notice not in self._notices:
+                self._notices.add(notice)
                 self.say(f"note: {notice}")
 
     def _tell_checkpoints(self) -> None:

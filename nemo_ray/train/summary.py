@@ -15,7 +15,7 @@ from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.statistics import data_statistics, describe
 from nemo_ray.run_dir import RunDir
 from nemo_ray.targets import block_types
-from nemo_ray.train.progress import duration
+from nemo_ray.train.progress import by_dataset, duration
 from nemo_ray.train.resources import Demand, mesh
 
 _KINDS = {"linear_attention": "Mamba-2", "full_attention": "attention", "moe": "MoE", "mlp": "MLP"}
@@ -56,8 +56,8 @@ def describe_adapter(config: Config) -> str:
 
 def describe_data(config: Config, plan: DataPlan, world_size: int) -> list[Row]:
     """Rows, and estimates of tokens and steps; shards that exist already change nothing here."""
-    held_out = sum(window.num_rows for window in plan.eval_windows)
-    tokens = sum(plan.estimated_tokens(window) for window in plan.windows)
+    held_out = int(plan.eval_windows.num_rows.sum())
+    tokens = plan.estimated_tokens(plan.windows)
     packs_per_step = world_size * config.micro_batch_size * config.gradient_accumulation_steps
     step_tokens = packs_per_step * plan.sequence_len
     num_steps = math.ceil(math.ceil(tokens / step_tokens) * config.num_epochs)
@@ -80,12 +80,12 @@ def describe_data(config: Config, plan: DataPlan, world_size: int) -> list[Row]:
     ]
 
 
-def data_lines(plan: DataPlan) -> list[str]:
+def data_lines(plan: DataPlan, run: RunDir) -> list[str]:
     """What became of the rows, once all are prepared; the rejected ones are counted by reason and listed."""
     statistics = data_statistics(plan)
     lines = [f"data: {line}" for line in describe(statistics)[len(plan.sources) :]]
-    if plan.rejected_path.exists() and any(statistics[part]["rejected"] for part in ("train", "held_out")):
-        lines.append(f"data: rejected rows are listed in {plan.rejected_path}")
+    if run.rejected_file.exists():
+        lines.append(f"data: rejected rows are listed in {run.rejected_file}")
     return lines
 
 
@@ -128,9 +128,12 @@ def result_rows(run: RunDir, elapsed_s: float) -> list[Row]:
         change = f"{after / before - 1:+.1%}"
         after_step = f"{after:.4f} after step {losses[-1]['step']}"
         rows.append(("held-out loss", f"{before:.4f} before, {after_step} ({change})"))
+        if per_dataset := by_dataset(losses[-1]):
+            rows.append(("", f"after{per_dataset}"))
     steps = [row for row in metrics if "loss" in row]
     if steps:
         rows.append(("steps", f"{steps[-1]['step']}, last loss {steps[-1]['loss']:.4f}"))
+    rows += _chosen(run.read_run(), losses[-1]["step"] if losses else 0)
     newest = run.newest_checkpoint()
     places: list[tuple[str, Path | None]] = [
         ("adapter", run.adapter_dir),
@@ -142,6 +145,22 @@ def result_rows(run: RunDir, elapsed_s: float) -> list[Row]:
     ]
     rows += [(name, str(path)) for name, path in places if path is not None and path.exists()]
     return [*rows, ("time", duration(elapsed_s))]
+
+
+def _chosen(facts: Mapping[str, Any], last_step: int) -> list[Row]:
+    """Why the run ended before its time, and which was the best evaluation, where it was not the last."""
+    best, stopped = facts.get("best"), facts.get("stopped_early")
+    rows = []
+    if stopped is not None:
+        count = plural(stopped["evaluations_without_improvement"], "evaluation")
+        rows.append(("stopped early", f"at step {stopped['step']}: {count} in a row brought nothing better"))
+    if best is not None and best["step"] != last_step:
+        exported = facts["exported_step"]
+        kept = (
+            "its weights are the result" if exported == best["step"] else f"the result is of step {exported}"
+        )
+        rows.append(("best", f"{best['metric']} {best['value']:.4f} at step {best['step']}; {kept}"))
+    return rows
 
 
 def print_completions(console: Console, run: RunDir) -> None:

@@ -3,9 +3,10 @@
 It owns the order in which the parts are made. Ray is used for the rank, the device and `report`, no more.
 """
 
+import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from nemo_ray.model.selftest import compile_kernels, self_test
 from nemo_ray.model.ssd import missing_kernels
 from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import publish_folder, remove_tree
-from nemo_ray.train.checkpoint import TrainState, load_checkpoint
+from nemo_ray.train.checkpoint import TrainState, load_checkpoint, load_weights
 from nemo_ray.train.loop import Trainer
 from nemo_ray.train.loss import bind_loss
 from nemo_ray.train.optim import make_optimizer
 from nemo_ray.train.parallelize import Layout, parallelize
+from nemo_ray.train.trackers import open_trackers
 from nemo_ray.train.update import Trainee
 
 
@@ -92,23 +94,59 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
     folder = checkpoint_to_resume(config.resume_from_checkpoint, run)
     if folder is not None:
         state = load_checkpoint(folder, trainee.parameters, trainee.optimizer)
-    if rank == 0:
-        run.truncate_metrics(state.step)
-    trainer = Trainer(trainee, config.train, spec.plan, run, report, state)
-    if config.gradient_checkpointing == "auto" and device.type == "cuda":
-        kept = trainer.update.keep_activations(config.sequence_len)
-        if rank == 0:
-            run.update_run({"kept_activations": kept})
-    if state.step == 0:
-        complete_prompts(trainer, config, base, "before")
-    finished = trainer.run()
-    if finished:
-        complete_prompts(trainer, config, base, "after")
-        trainer.write_progress("exporting", now=True)
-        export(trainee, config, base, targets, run, write=rank == 0)
+    with tracked(config, spec.plan, run, state.step, rank) as ending:
+        trainer = Trainer(trainee, config.train, spec.plan, run, report, state)
+        if config.gradient_checkpointing == "auto" and device.type == "cuda":
+            kept = trainer.update.keep_activations(config.sequence_len)
+            if rank == 0:
+                run.update_run({"kept_activations": kept})
+        if state.step == 0:
+            complete_prompts(trainer, config, base, "before", 0)
+        finished = trainer.run()
+        if finished:
+            finish(trainer, config, base, targets)
+        ending.outcome = "finished" if finished else "stopped"
     trainer.write_progress("done", now=True)
     report({"step": state.step, "eval_loss": trainer.eval_loss, "stopped": not finished})
     return {"step": state.step, "stopped": not finished}
+
+
+@dataclass
+class Ending:
+    """How training ended, as far as it is known."""
+
+    outcome: str = "failed"
+
+
+@contextlib.contextmanager
+def tracked(config: Config, plan: DataPlan, run: RunDir, step: int, rank: int) -> Iterator[Ending]:
+    """Rank 0 puts metrics.jsonl back to `step`, and tells trackers of what is appended from here on."""
+    ending = Ending()
+    if rank != 0:
+        yield ending
+        return
+    run.truncate_metrics(step)
+    trackers = open_trackers(config, plan, run, step)
+    run.listen(trackers)
+    try:
+        yield ending
+    finally:
+        trackers.close(ending.outcome)
+
+
+def finish(trainer: Trainer, config: Config, base: str, targets: LoraTargets | None) -> None:
+    """Write the result of a run that came to its end: the best weights where they are asked for."""
+    best, step = trainer.best, trainer.state.step
+    if config.load_best_model_at_end and best.step not in (None, step):
+        step = best.step
+        load_weights(trainer.run_dir.checkpoint_dir(step), trainer.trainee.parameters)
+    complete_prompts(trainer, config, base, "after", step)
+    trainer.write_progress("exporting", now=True)
+    first = trainer.rank == 0
+    export(trainer.trainee, config, base, targets, trainer.run_dir, write=first)
+    if first:
+        facts = {"exported_step": step, "best": best.facts(), "stopped_early": trainer.stopped_early}
+        trainer.run_dir.update_run(facts)
 
 
 def configure_cuda(compute: torch.dtype, tf32: bool) -> None:
@@ -171,32 +209,38 @@ def checkpoint_to_resume(wanted: str | None, run: RunDir) -> Path | None:
     return Path(wanted) if wanted and wanted != "auto" else None
 
 
-def complete_prompts(trainer: Trainer, config: Config, base: str, stage: str) -> None:
-    """Complete the config's prompts greedily into completions.jsonl; all workers compute, rank 0 writes."""
+def complete_prompts(trainer: Trainer, config: Config, base: str, stage: str, step: int) -> None:
+    """Complete the config's prompts greedily, with the weights of `step`, into completions.jsonl; all workers
+    compute, rank 0 writes."""
     if not config.completion_prompts or any(
-        row["stage"] == stage and row["step"] == trainer.state.step
-        for row in trainer.run_dir.read_completions()
+        row["stage"] == stage and row["step"] == step for row in trainer.run_dir.read_completions()
     ):
         return
     from transformers import AutoTokenizer
 
     trainer.write_progress("completing", now=True)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    own = config.chat_template != TOKENIZER_DEFAULT
-    template = Path(config.chat_template).read_text(encoding="utf-8") if own else None  # None: the base's
     model, eos = trainer.trainee.model.eval(), frozenset({tokenizer.eos_token_id})
     for prompt in config.completion_prompts:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            chat_template=template,
-            add_generation_prompt=True,
-            return_dict=False,
-        )
+        ids = prompt_ids(tokenizer, prompt, config)
         new_ids = list(generate_tokens(model, ids, config.completion_max_new_tokens, eos))
         if trainer.rank == 0:
             row = {"prompt": prompt, "completion": tokenizer.decode(new_ids), "stage": stage}
-            trainer.run_dir.append_completion({**row, "step": trainer.state.step})
+            trainer.run_dir.append_completion({**row, "step": step})
     model.train()
+
+
+def prompt_ids(tokenizer: Any, prompt: str, config: Config) -> list[int]:
+    """A user's prompt by the chat template and arguments that are trained with, as token ids."""
+    own = config.chat_template != TOKENIZER_DEFAULT
+    ids: list[int] = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        chat_template=Path(config.chat_template).read_text(encoding="utf-8") if own else None,
+        add_generation_prompt=True,
+        return_dict=False,
+        **config.chat_template_kwargs,
+    )
+    return ids
 
 
 def export(

@@ -89,9 +89,9 @@ def test_no_key_has_two_answers() -> None:
 
 def test_keys_with_one_answer_share_one_line(world: Keys) -> None:
     notices = load(
-        world | {"wandb_project": "a", "wandb_name": "b", "liger_rope": True, "use_wandb": True}
+        world | {"use_comet": True, "comet_mode": "b", "liger_rope": True, "use_swanlab": True}
     ).notices
-    assert len(notices) == 2 and notices[0].startswith("wandb_project, wandb_name, use_wandb: ")
+    assert len(notices) == 2 and notices[0].startswith("use_comet, comet_mode, use_swanlab: ")
 
 
 def test_not_applying_is_said_with_the_reason(world: Keys) -> None:
@@ -234,8 +234,12 @@ def test_axolotl_ray_file(world: Keys) -> None:
         "model_type, tokenizer_type",
         "trust_remote_code",
         "fsdp_config",
-        "wandb_project, wandb_name",
     ]
+    assert (config.wandb_project, config.wandb_name, config.tracking.sends_to_wandb) == (
+        "nemotron",
+        "full",
+        True,
+    )
 
 
 @pytest.mark.parametrize("name", sorted(file.name for file in FILES.iterdir()))

@@ -19,6 +19,7 @@ from nemo_ray.config.schema import (
     ModelSection,
     RaySection,
     Section,
+    TrackingSection,
     TrainSection,
 )
 from nemo_ray.config.translate import FOLDED_KEYS
@@ -54,6 +55,7 @@ def test_round_trip_pickle_and_sections(world: Keys) -> None:
         "adapter_config": AdapterSection,
         "data": DataSection,
         "train": TrainSection,
+        "tracking": TrackingSection,
     }
     seen: set[str] = set()
     for name, kind in sections.items():

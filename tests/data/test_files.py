@@ -332,7 +332,8 @@ def test_shards_are_runs_of_consecutive_rows_that_share_all(base: Path, tmp_path
 def test_a_weight_is_part_of_the_plan_and_not_of_the_shards(base: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", chats(50))
     plain, double = (plan(section(path, dataset={"weight": w}), base, tmp_path) for w in (1.0, 2.5))
-    assert (plain.sources[0].weight, double.sources[0].weight) == (1.0, 2.5)
+    tokens = 50 * plain.sources[0].tokens_per_row
+    assert (plain.sources[0].weight, double.sources[0].weight) == (None, 2.5 * tokens)
     assert plain.windows == double.windows
     assert DataPlan.from_json(json.loads(json.dumps(double.to_json()))) == double
 
@@ -379,8 +380,8 @@ def test_a_column_that_one_of_the_files_lacks(base: Path, tmp_path: Path) -> Non
 
 def missing(before: DataPlan, after: DataPlan) -> int:
     """Windows whose shards do not exist yet."""
-    known = {window.key for window in before.windows + before.eval_windows}
-    return sum(window.key not in known for window in after.windows + after.eval_windows)
+    known = {window.key for window in (*before.windows, *before.eval_windows)}
+    return sum(window.key not in known for window in (*after.windows, *after.eval_windows))
 
 
 @pytest.mark.parametrize("name", ["0", "m", "z"])
@@ -399,7 +400,7 @@ def test_a_file_more_leaves_the_windows_of_the_others(
     after = plan(data, base, tmp_path)
     of_new_file = [
         window
-        for window in after.windows + after.eval_windows
+        for window in (*after.windows, *after.eval_windows)
         if any(after.sources[0].files[span.file].name.endswith(f"/{name}.jsonl") for span in window.spans)
     ]
     assert len(before.windows) > 12 and len(of_new_file) > 2

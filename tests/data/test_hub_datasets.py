@@ -23,7 +23,7 @@ import yaml
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config
 from nemo_ray.data.card import files_by_split
-from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo
+from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, WindowList
 from nemo_ray.data.shards import read_stats
 from nemo_ray.errors import ConfigError
 from nemo_ray.hub import variables_to_pass_on
@@ -302,7 +302,7 @@ def test_a_continued_run_keeps_the_commits_that_it_began_with(base: Path, tmp_pa
         for name, commit in zip((NAME, "owner/more"), commits, strict=True)
     ]
     sources = tuple(SourceInfo("", "", (file,), 1, 0, 64, 1.0, False) for file in files)
-    plan = DataPlan("", "", 128, (), (), sources, (), 0)
+    plan = DataPlan("", "", 128, WindowList(), WindowList(), sources, (), 0)
     start = outputs.Start(run.path / "checkpoints" / "step-1", replace=False)
     assert outputs.keep_dataset_commits(config(), start) == config(), "nothing is known of the run"
     publish_json(run.data_plan_file, plan.to_json())

@@ -15,6 +15,7 @@ from nemo_ray.data.__main__ import main
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.order import window_order
 from nemo_ray.data.reader import PackReader
+from nemo_ray.data.review import Prepared
 from nemo_ray.data.shards import read_stats
 from nemo_ray.data.sources import plan_data
 from nemo_ray.data.statistics import data_statistics
@@ -48,7 +49,7 @@ def test_show_prints_trained_tokens_and_their_share_without_ray(
     out = capsys.readouterr().out
     assert "the fox<|im_end|>" in out and "«quick<|im_end|>»" in out
     assert "tokens, 2 trained (" in out and "rejected: no assistant turn" in out
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data.html"]
 
 
 def test_mistakes_are_one_line_and_an_exit_code(
@@ -89,20 +90,22 @@ def test_shards_from_ray_are_those_made_here(
     here = plan_data(data, str(base), str(tmp_path / "here"))
     prepare_all(here, data, base)
 
-    ready: list[tuple[int, int]] = []
+    ready: list[Prepared] = []
     driver = threading.Thread(
         target=prepare,
         args=(plan, data, str(base)),
-        kwargs={"order": window_order(plan, 0), "num_cpus": 0.9, "progress": lambda *now: ready.append(now)},
+        kwargs={"order": window_order(plan, 0), "num_cpus": 0.9, "progress": ready.append},
     )
     driver.start()
     reader = PackReader(plan, seed=0, num_epochs=1, rank=0, world_size=1, packs_per_step=4, timeout_s=60)
     rows = 0
     while (step := reader.next_step()) is not None:
-        rows += sum(len(ids) for ids in step.sample_ids)
+        rows += sum(len(pack.sample_rows) for pack in step.packs)
     driver.join()
     count = len(plan.windows) + len(plan.eval_windows)
-    assert count > 5 and ready == [(n + 1, count) for n in range(count)]
+    assert count > 5
+    assert [(now.windows, now.num_windows) for now in ready] == [(n + 1, count) for n in range(count)]
+    assert (ready[-1].new_rows, ready[-1].rows_left) == (500, 0)
     assert rows == data_statistics(plan)["train"]["documents"] > 100
     for window in (*plan.windows, *plan.eval_windows):
         assert plan.shard_path(window).read_bytes() == here.shard_path(window).read_bytes()

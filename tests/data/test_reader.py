@@ -1,10 +1,12 @@
 """The order: exact, the same for every number of workers, and independent of what is prepared when."""
 
+import json
 import math
 import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_ray.data.encode import Sample
-from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, Span, Window
+from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, Span, Window, WindowList
 from nemo_ray.data.order import EpochOrder, window_order
+from nemo_ray.data.packing import Pack
 from nemo_ray.data.reader import EvalReader, PackReader, StepPacks
 from nemo_ray.data.shards import ShardStats, write_shard
 from nemo_ray.errors import DataError
@@ -33,7 +36,7 @@ def make_plan(folder: Path, packs: list[list[int]], name: str = "") -> DataPlan:
             windows.append(Window(source, (span,), ROWS, f"{name}s{source}w{number}p{counts[number]}"))
         file = FileInfo(f"{source}.jsonl", f"{source}.jsonl", "x", "jsonl", len(counts) * ROWS, 0)
         infos.append(SourceInfo(str(source), "completion", (file,), file.num_rows, 0, ROWS, 3.0, False))
-    return DataPlan(str(folder), "f", LENGTH, tuple(windows), (), tuple(infos), (), 0)
+    return DataPlan(str(folder), "f", LENGTH, WindowList(windows), WindowList(), tuple(infos), (), 0)
 
 
 def write(plan: DataPlan, index: int) -> None:
@@ -68,7 +71,7 @@ def read(
     packs_per_step: int = 4,
     epochs: float = 1.0,
     seed: int = 0,
-    cursor: int = 0,
+    place: dict[str, Any] | None = None,
     world: int = 1,
 ) -> list[list[StepPacks]]:
     """All steps, each as the list of what every rank got."""
@@ -80,7 +83,7 @@ def read(
             rank=rank,
             world_size=world,
             packs_per_step=packs_per_step,
-            cursor=cursor,
+            place=place,
         )
         for rank in range(world)
     ]
@@ -95,7 +98,19 @@ def read(
 
 def rows_of(steps: list[list[StepPacks]]) -> list[tuple[int, int]]:
     """(source, row) in global order."""
-    return [(int(a), int(b)) for step in steps for ids in step[0].sample_ids for a, b in ids]
+    return [
+        (int(source), int(row))
+        for step in steps
+        for pack in packs_of(step)
+        for source, row in zip(pack.sources, pack.sample_rows, strict=True)
+    ]
+
+
+def packs_of(step: list[StepPacks]) -> list[Pack]:
+    """The step's packs in global order, put together from the ranks, without fillers."""
+    packs = [part.packs[i] for i in range(len(step[0].packs)) for part in step]
+    assert all(len(pack.sample_rows) for pack in packs[: len(step[0].drawn)])
+    return packs[: len(step[0].drawn)]
 
 
 def global_ids(step: list[StepPacks]) -> list[list[int]]:
@@ -146,7 +161,7 @@ def test_steps_do_not_depend_on_the_number_of_workers(
         assert all(len(part.packs) == 8 // world for part in step)
         assert all(part.cursor == step[0].cursor and part.epoch == step[0].epoch for part in step)
         fillers = sum(not len(pack.sample_rows) for part in step for pack in part.packs)
-        assert fillers == 8 - len(step[0].sample_ids)
+        assert fillers == 8 - len(step[0].drawn)
 
 
 @relaxed
@@ -157,7 +172,9 @@ def test_resuming_anywhere_equals_going_on(
     plan = ready(tmp_path, packs)
     steps = read(plan, packs_per_step=4, epochs=3, seed=seed)
     at = data.draw(st.integers(0, len(steps) - 1))
-    resumed = read(plan, packs_per_step=4, epochs=3, seed=seed, cursor=steps[at][0].cursor, world=2)
+    resumed = read(
+        plan, packs_per_step=4, epochs=3, seed=seed, place=json.loads(json.dumps(steps[at][0].place)), world=2
+    )
     assert len(resumed) == len(steps) - at - 1
     for old, new in zip(steps[at + 1 :], resumed, strict=True):
         assert global_ids(old) == global_ids(new)
@@ -166,7 +183,7 @@ def test_resuming_anywhere_equals_going_on(
             new[0].epoch,
             new[0].end_of_epoch,
         )
-        assert all(np.array_equal(a, b) for a, b in zip(old[0].sample_ids, new[0].sample_ids, strict=True))
+        assert old[0].drawn == new[0].drawn
 
 
 @relaxed
@@ -201,11 +218,84 @@ def test_these_tests_are_not_vacuous(tmp_path: Path) -> None:
 
 def test_every_part_of_an_epoch_sees_all_sources(tmp_path: Path) -> None:
     plan = ready(tmp_path, [[5] * 60, [5] * 20])
-    sources = [int(pack[0][0]) for step in read(plan) for pack in step[0].sample_ids]
+    sources = [int(pack.sources[0]) for step in read(plan) for pack in packs_of(step)]
     shares = [np.mean(sources[start : start + 100]) for start in range(0, 400, 100)]
     assert all(0.1 < share < 0.4 for share in shares), shares
     order = [plan.windows[index].source for index in window_order(plan, seed=3)]
     assert all(sum(order[start : start + 8]) == 2 for start in range(0, 80, 8))
+
+
+def weighted(plan: DataPlan, weights: list[float]) -> DataPlan:
+    value = plan.to_json()
+    sources = [{**source, "weight": weight} for source, weight in zip(value["sources"], weights, strict=True)]
+    return DataPlan.from_json({**value, "sources": sources})
+
+
+@relaxed
+@given(
+    counts=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    weights=st.lists(st.sampled_from([0.1, 0.5, 1.0, 3.0]), min_size=4, max_size=4),
+    seed=st.integers(0, 3),
+    epochs=st.integers(1, 4),
+)
+def test_weights_are_shares_of_tokens_and_no_row_is_favoured(
+    tmp_path: Path, counts: list[int], weights: list[float], seed: int, epochs: int
+) -> None:
+    """Every window has five packs of one row each, so that rows, packs and tokens are in proportion."""
+    plan = weighted(ready(tmp_path, [[5] * count for count in counts]), weights[: len(counts)])
+    rows = rows_of(read(plan, epochs=epochs, seed=seed))
+    total, per_epoch = sum(weights[: len(counts)]), 5 * sum(counts)
+    seen = Counter(rows)
+    for source, count in enumerate(counts):
+        share = weights[source] / total
+        drawn = np.cumsum([one == source for one, _ in rows])
+        ideal = share * np.arange(1, len(rows) + 1)
+        assert np.abs(drawn - ideal).max() < 2 * len(counts), "all along the epoch"
+        times = share * per_epoch * epochs / (5 * count)
+        assert {seen[source, row] for row in range(5 * count)} <= {math.floor(times), math.ceil(times)}
+    assert abs(len(rows) - epochs * per_epoch) <= len(counts)
+
+
+@relaxed
+@given(
+    packs=shapes,
+    weights=st.lists(st.sampled_from([0.2, 1.0, 2.5]), min_size=3, max_size=3),
+    seed=st.integers(0, 3),
+    data=st.data(),
+)
+def test_resuming_anywhere_equals_going_on_with_weights(
+    tmp_path: Path, packs: list[list[int]], weights: list[float], seed: int, data: st.DataObject
+) -> None:
+    plan = weighted(ready(tmp_path, packs), weights[: len(packs)])
+    reader = PackReader(plan, seed=seed, num_epochs=4, rank=0, world_size=1, packs_per_step=4)
+    try:
+        steps = list(iter(reader.next_step, None))
+    except DataError:
+        return  # an epoch that reads windows without packs only
+    at = data.draw(st.integers(0, len(steps) - 1))
+    resumed = read(plan, packs_per_step=4, epochs=4, seed=seed, place=steps[at].place)
+    assert [global_ids([step]) for step in steps[at + 1 :]] == [global_ids(step) for step in resumed]
+    assert [step.epoch for step in steps[at + 1 :]] == [step[0].epoch for step in resumed]
+
+
+def test_windows_are_prepared_before_training_waits_for_them(tmp_path: Path) -> None:
+    """A tenth of a source with few windows is asked for at once, though its windows are far apart."""
+    plan = weighted(make_plan(tmp_path, [[5] * 90, [5] * 4, [5] * 30]), [0.8, 0.1, 0.1])
+    order = window_order(plan, seed=5)
+    assert sorted(order) == list(range(124))
+    assert {plan.windows[index].source for index in order[:10]} == {0, 1, 2}
+    opened: list[int] = []
+
+    def num_packs(window: int) -> int:
+        if window not in opened:
+            opened.append(window)
+        return 5
+
+    draws = EpochOrder(plan, 5, 0, num_packs)
+    while draws.draw() is not None:
+        pass
+    late = [order.index(window) - at for at, window in enumerate(opened)]
+    assert max(late) < 16, "of 124, at most so many windows before it are not needed yet"
 
 
 def test_fractional_epochs_stop_at_their_share_of_rows(tmp_path: Path) -> None:
@@ -227,7 +317,7 @@ def test_sources_with_equal_rows_share_shards_but_not_row_numbers(tmp_path: Path
     plan = ready(tmp_path, [[5, 5]])
     value = plan.to_json()
     again = {**value["sources"][0], "files": [{**value["sources"][0]["files"][0], "first_row": 1000}]}
-    windows = [*value["windows"], *({**window, "source": 1} for window in value["windows"])]
+    windows = [*value["windows"], *([1, *window[1:]] for window in value["windows"])]
     both = DataPlan.from_json({**value, "sources": [value["sources"][0], again], "windows": windows})
     assert sorted(rows_of(read(both))) == [(0, row) for row in range(10)] + [
         (1, 1000 + row) for row in range(10)
@@ -291,7 +381,7 @@ def test_held_out_packs_in_fixed_order(tmp_path: Path) -> None:
         seen: list[list[int]] = []
         for cursor, count in ((4, 4), (8, 4), (10, 2)):
             step = [part for part in (reader.next_step() for reader in readers) if part is not None]
-            assert step[0].cursor == cursor and len(step[0].sample_ids) == count
+            assert step[0].cursor == cursor and len(step[0].drawn) == count
             assert step[0].end_of_epoch == (cursor == 10)
             seen += global_ids(step)[:count]
         assert all(reader.next_step() is None for reader in readers)

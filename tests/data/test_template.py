@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, processors
 
 from nemo_ray.config.schema import DatasetSpec
 from nemo_ray.data.encode import Encoder, Sample, cut
+from nemo_ray.data.formats import format_of
 from nemo_ray.data.template import Rendered, RowError
 from nemo_ray.data.tokenizer import TOKENIZER_DEFAULT, TokenizerSpec, load_tokenizer
 from nemo_ray.errors import ConfigError
@@ -20,15 +21,17 @@ from tests.data.helpers import PLAIN, chats, write_tokenizer
 
 def encoder(folder: Path, template: str = TOKENIZER_DEFAULT, inputs: bool = False, **spec: Any) -> Encoder:
     loaded = load_tokenizer(TokenizerSpec(str(folder), template, ()))
-    return Encoder(loaded, DatasetSpec.model_validate({"path": "x", **spec}), inputs)
+    entry = DatasetSpec.model_validate({"path": "x", **spec})
+    return Encoder(loaded, format_of(entry).reader(entry, loaded, inputs))
 
 
-def one(result: list[Sample | RowError]) -> Sample:
-    assert isinstance(result[0], Sample), result[0]
-    return result[0]
+def one(result: list[list[Sample] | RowError]) -> Sample:
+    assert not isinstance(result[0], RowError), result[0]
+    (sample,) = result[0]
+    return sample
 
 
-def reason(result: list[Sample | RowError]) -> str:
+def reason(result: list[list[Sample] | RowError]) -> str:
     assert isinstance(result[0], RowError)
     return result[0].reason
 
@@ -131,10 +134,16 @@ def test_a_header_is_the_generation_prompt_as_far_as_it_agrees(tmp_path: Path) -
     assert "<think>" not in trained and "assistant" not in trained and trained.endswith("<|im_end|>")
 
 
-def test_a_template_that_rewrites_history_is_refused_by_name(tmp_path: Path) -> None:
-    made = encoder(write_tokenizer(tmp_path, THINKING.replace("DROP", "true")))
-    assert reason(made.encode(chats(1, turns=2))) == "the template rewrites earlier turns"
-    assert one(made.encode(chats(1, turns=1))).targets.any()
+COUNTING = "{{ messages|length }}{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_template_that_never_writes_a_beginning_is_refused_by_name(tmp_path: Path, marked: bool) -> None:
+    content = "{% generation %}{{ m.content }}{% endgeneration %}" if marked else "{{ m.content }}"
+    made = encoder(write_tokenizer(tmp_path, COUNTING.replace("{{ m.content }}", content)))
+    rejected = made.encode(chats(1, turns=2))[0]
+    assert isinstance(rejected, RowError)
+    assert (rejected.reason, rejected.detail) == ("the template rewrites earlier turns", "at message 1")
 
 
 @pytest.mark.parametrize(
@@ -143,19 +152,26 @@ def test_a_template_that_rewrites_history_is_refused_by_name(tmp_path: Path) -> 
         ({"text": "x"}, "no field 'messages'"),
         ([1], "the row is no object"),
         ({"messages": []}, "field 'messages' is no list of messages"),
-        ({"messages": "hi"}, "field 'messages' is no list of messages"),
+        ({"messages": 3}, "field 'messages' is no list of messages"),
+        ({"messages": '"hi"'}, "field 'messages' is no list of messages"),
         ({"messages": [{"content": "x"}]}, "a message has no 'role'"),
         ({"messages": [{"role": "assistant"}]}, "a message has no 'content'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
         ({"messages": [{"role": "assistant", "content": "\ufdd0"}]}, "the chat template's marks are broken"),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "invalid Unicode"),
-        ({"messages": [{"role": "assistant", "content": [1]}]}, None),
-        ({"messages": [{"role": "assistant", "content": 3}]}, None),
+        (
+            {"messages": [{"role": "assistant", "content": [1]}]},
+            "a message's content has a part that is no text",
+        ),
+        ({"messages": [{"role": "assistant", "content": 3}]}, "a message's content is no text"),
+        ({"messages": [{"role": "", "content": "x"}]}, "a message has no 'role'"),
+        ({"messages": [{"role": 3, "content": "x"}]}, "a message has no 'role'"),
+        ({"messages": "[{"}, "field 'messages' is no JSON"),
     ],
 )
 def test_rows_that_cannot_be_used(base: Path, row: Any, expected: str | None) -> None:
     result = encoder(base).encode([row, *chats(1)])
-    assert isinstance(result[1], Sample), "a bad row must not take its neighbours with it"
+    assert not isinstance(result[1], RowError), "a bad row must not take its neighbours with it"
     assert (result[0].reason if isinstance(result[0], RowError) else None) == expected
 
 
@@ -165,6 +181,14 @@ def test_a_template_that_raises_is_a_reason_with_its_message(tmp_path: Path) -> 
     rejected = encoder(write_tokenizer(tmp_path / "base"), str(template)).encode(chats(1))[0]
     assert isinstance(rejected, RowError)
     assert rejected.reason == "the chat template fails" and "roles must alternate" in rejected.detail
+
+
+def test_details_can_always_be_printed(tmp_path: Path) -> None:
+    template = tmp_path / "strict.jinja"
+    template.write_text("{{ raise_exception('not ' + messages[0].content) }}")
+    row = {"messages": [{"role": "assistant", "content": "\ud83d"}]}
+    rejected = encoder(write_tokenizer(tmp_path / "base"), str(template)).encode([row])[0]
+    assert isinstance(rejected, RowError) and rejected.detail.endswith(r"not \ud83d")
 
 
 def test_sharegpt_names_and_roles(base: Path) -> None:
@@ -206,7 +230,7 @@ def test_the_fast_path_is_taken(base: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """Ordinary chats never need character offsets: they would cost half of the speed."""
     made = encoder(base)
     monkeypatch.setattr("nemo_ray.data.encode._mask_by_offsets", None)
-    assert all(isinstance(result, Sample) for result in made.encode(chats(50)))
+    assert not any(isinstance(result, RowError) for result in made.encode(chats(50)))
     assert set(made.cut_tokens) >= {"<|im_start|>", "<|im_end|>"}
 
 

@@ -120,7 +120,7 @@ def test_a_few_bad_rows_are_counted_and_listed(world: World, reference: RunDir) 
     listed = [json.loads(line) for line in Path(place).read_text().splitlines()]
     assert sorted(entry["row"] for entry in listed) == sorted(BAD_ROWS)
     assert all(entry["file"].endswith("chats.jsonl") and entry["reason"] for entry in listed)
-    assert re.search(r"^data: .*\d+ rows cut to sequence_len", output, re.MULTILINE), output
+    assert re.search(r"^data: .*\d+ documents cut to sequence_len", output, re.MULTILINE), output
 
 
 @pytest.mark.long
@@ -134,7 +134,9 @@ def test_unmarked_templates_and_dropped_rows_are_told(world: World) -> None:
     run = world.finished("unmarked", **changes)
     output = world.output_of("unmarked")
     assert "note: chat_template: it has no {% generation %} marks, so" in output
-    assert re.search(r"^data: .*\d+ rows dropped \(longer than sequence_len\)", output, re.MULTILINE), output
+    assert re.search(r"^data: .*\d+ documents dropped \(longer than sequence_len\)", output, re.MULTILINE), (
+        output
+    )
     assert len(train_rows(run)) == 1 and run.adapter_dir.is_dir()
 
 
@@ -143,7 +145,7 @@ def test_many_bad_rows_stop_the_run(world: World) -> None:
     lines = [*first_lines(ASSETS / "chats.jsonl", 90), *[NO_ANSWER] * 10]
     rows = write_lines(world.folder / "many-bad.jsonl", lines)
     started = world.train("many-bad", datasets=[{"path": str(rows)}])
-    refused(started, 1, "10 of the", "rejected", "5%", "assistant", "many-bad.jsonl row 90")
+    refused(started, 1, "10 of the", "max_rejected_share 0.05", "assistant", "many-bad.jsonl row 90")
     assert not world.run_dir("many-bad").holds_run()
 
 

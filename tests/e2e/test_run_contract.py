@@ -13,6 +13,7 @@ from tests.e2e.world import NUM_STEPS, PACKS_PER_STEP, World
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
+EVAL_FIELDS = ["step", "eval_loss", "eval_tokens", "eval_s", "eval_datasets"]
 TRAIN_FIELDS = [
     "step",
     "epoch",
@@ -33,9 +34,12 @@ TRAIN_FIELDS = [
 def test_metrics(reference: RunDir) -> None:
     lines = [json.loads(line) for line in reference.metrics_file.read_text().splitlines()]
     assert lines == reference.read_metrics()
-    assert lines[0].keys() == lines[-1].keys() == {"step", "eval_loss"}
+    assert list(lines[0]) == list(lines[-1]) == EVAL_FIELDS
     assert_each_step_once(reference, NUM_STEPS, [0, 6, NUM_STEPS])
-    assert all(row.keys() == {"step", "eval_loss"} for row in eval_rows(reference))
+    for row in eval_rows(reference):
+        assert list(row) == EVAL_FIELDS and row["eval_s"] > 0
+        own = {"loss": row["eval_loss"], "tokens": row["eval_tokens"]}
+        assert row["eval_datasets"] == {"held-out": own}
     previous = {"epoch": 0.0, "cursor": 0}
     for row in train_rows(reference):
         assert list(row) == TRAIN_FIELDS
@@ -60,13 +64,15 @@ def test_run_json(world: World, reference: RunDir) -> None:
     assert revision is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", revision)
     assert re.fullmatch(r"[0-9a-f]{8,}", facts["data_fingerprint"])
     assert (facts["world_size"], facts["outcome"], facts["submission_id"]) == (1, "finished", None)
+    assert facts["exported_step"] == NUM_STEPS and facts["stopped_early"] is None
+    assert facts["best"]["metric"] == "eval_loss" and facts["best"]["step"] in (6, NUM_STEPS)
     assert 0 < facts["model"]["trainable"] < facts["model"]["total"]
 
 
 def test_files(reference: RunDir) -> None:
     assert {path.name for path in reference.path.iterdir()} == {
-        *("adapter", "checkpoints", "completions.jsonl", "data_plan.json"),
-        *("metrics.jsonl", "progress.json", "run.json"),
+        *("adapter", "checkpoints", "completions.jsonl", "data_plan.json", "rejected.jsonl"),
+        *("metrics.jsonl", "progress.json", "run.json", "tensorboard"),
     }
     assert {path.name for path in reference.checkpoints_dir.iterdir()} == {"step-4", "step-8", "step-12"}
     assert len(reference.complete_checkpoints()) == 3

@@ -15,12 +15,13 @@ import pytest
 from nemo_ray import failures, session
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config, RaySection
-from nemo_ray.data.manifest import DataPlan, Span, Window
+from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, Span, Window, WindowList
 from nemo_ray.errors import ClusterError, ConfigError, DataError, PatchError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train import outputs, resources, summary
 from nemo_ray.train.__main__ import main
 from nemo_ray.train.launch import Launch, Parts
+from nemo_ray.train.trackers import setup
 from tests.train.launch_stub import SHAPE
 
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}})}
@@ -31,9 +32,13 @@ def config(**changes: Any) -> Config:
     return Config.model_validate({**base, **changes})
 
 
+FILE = FileInfo("rows.jsonl", "rows.jsonl", "x", "jsonl", 10, 0)
+SOURCE = SourceInfo("rows.jsonl", "completion", (FILE,), 10, 0, 10, 3.0, False)
+
+
 def data_plan(fingerprint: str = "f00d", rows: int = 10) -> DataPlan:
     window = Window(0, (Span(0, 0, 100, 0, rows),), rows, "key")
-    return DataPlan("prepared", fingerprint, 64, (window,), (), (), (), 0)
+    return DataPlan("prepared", fingerprint, 64, WindowList([window]), WindowList(), (SOURCE,), (), 0)
 
 
 def checkpoint(run: RunDir, step: int) -> Path:
@@ -61,6 +66,13 @@ def test_outputs_are_relative_to_the_directory_or_in_a_job_to_the_storage(tmp_pa
     assert job.dataset_prepared_path == os.path.expanduser("~/nemo_ray/shards")
     shared = config(output_dir="a", ray={"storage_path": "/shared"})
     assert outputs.resolve_paths(shared, job=True, cwd=tmp_path).output_dir == "/shared/a"
+    for uri, resolved in (
+        ("mlruns", "/shared/mlruns"),
+        ("databricks", "databricks"),
+        ("http://host", "http://host"),
+    ):
+        tracked = config(mlflow_tracking_uri=uri, ray={"storage_path": "/shared"})
+        assert outputs.resolve_paths(tracked, job=True, cwd=tmp_path).mlflow_tracking_uri == resolved
     absolute = config(output_dir="/data/run")
     assert outputs.resolve_paths(absolute, job=True, cwd=tmp_path).output_dir == "/data/run"
 
@@ -396,6 +408,20 @@ def test_a_refused_run_exits_2_in_one_line_and_starts_nothing(
     told = capsys.readouterr()
     assert told.out == f"output: {tmp_path / 'run'}\n"
     assert told.err.count("\n") == 1 and told.err.startswith("error: output_dir: ")
+
+
+def test_a_tracker_without_a_server_or_package_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(setup, "find_spec", lambda name: object() if name == "mlflow" else None)
+    path = str(inputs(tmp_path))
+    for override, words in (("use_mlflow=true", "needs a server"), ("wandb_project=p", "package wandb")):
+        loaded = load_config(path, [override])
+        assert Launch(loaded, Parts(plan=never, prepare=never, worker=never)).run() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and words in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_errors_exit_1_and_leave_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,28 @@ def test_events_are_told_at_once_and_once(run: RunDir) -> None:
     ]
 
 
+def test_losses_by_dataset_and_a_tracker_that_fails_are_told(run: RunDir) -> None:
+    display, output, clock = plain(run)
+    row = {"step": 0, "eval_loss": 3.0, "eval_datasets": {"chats": {"loss": 2.5, "tokens": 7}}}
+    with display:
+        run.write_run({"model": {"total": 1000, "trainable": 25}, "notices": ["slow"]})
+        run.append_metrics(row)
+        run.write_progress(at(0, phase="evaluating"))
+        display.poll()
+        two = {**row["eval_datasets"], "texts": {"loss": 3.5, "tokens": 7}}  # type: ignore[dict-item]
+        run.append_metrics({**row, "step": 2, "eval_datasets": two})
+        run.update_run({"notices": ["slow", "MLflow: not reachable"]})
+        for _ in range(3):
+            clock.now_s += 2.0
+            display.poll()
+    assert output.getvalue().splitlines()[1:] == [
+        "note: slow",
+        "held-out loss 3.0000 at step 0",
+        "held-out loss 3.0000 at step 2 (chats 2.5000, texts 3.5000)",
+        "note: MLflow: not reachable",
+    ]
+
+
 def test_what_a_continued_run_wrote_before_is_not_news(run: RunDir) -> None:
     run.append_metrics({"step": 0, "eval_loss": 3.0})
     run.append_metrics({"step": 12, "eval_loss": 2.9})  # after the checkpoint: will be trained again
