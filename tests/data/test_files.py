@@ -379,8 +379,8 @@ def test_a_column_that_one_of_the_files_lacks(base: Path, tmp_path: Path) -> Non
 
 def missing(before: DataPlan, after: DataPlan) -> int:
     """Windows whose shards do not exist yet."""
-    known = {window.key for window in before.windows + before.eval_windows}
-    return sum(window.key not in known for window in after.windows + after.eval_windows)
+    known = {window.key for window in (*before.windows, *before.eval_windows)}
+    return sum(window.key not in known for window in (*after.windows, *after.eval_windows))
 
 
 @pytest.mark.parametrize("name", ["0", "m", "z"])
@@ -399,7 +399,7 @@ def test_a_file_more_leaves_the_windows_of_the_others(
     after = plan(data, base, tmp_path)
     of_new_file = [
         window
-        for window in after.windows + after.eval_windows
+        for window in (*after.windows, *after.eval_windows)
         if any(after.sources[0].files[span.file].name.endswith(f"/{name}.jsonl") for span in window.spans)
     ]
     assert len(before.windows) > 12 and len(of_new_file) > 2
