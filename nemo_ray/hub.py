@@ -15,10 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from nemo_ray.config.checks import is_hub_id, model_folder_errors
-from nemo_ray.config.schema import ModelSection
+from nemo_ray.config.checks import is_hub_dataset, is_hub_id, model_folder_errors
+from nemo_ray.config.schema import Config, ModelSection
 from nemo_ray.errors import CheckpointError, ConfigError
-from nemo_ray.hub_cache import RefusedError, Say, explained, fetch_blobs, no_bar, node_lock, require_room
+from nemo_ray.hub_cache import (
+    RefusedError,
+    Repository,
+    Say,
+    explained,
+    fetch_blobs,
+    no_bar,
+    node_lock,
+    require_room,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
@@ -45,9 +54,10 @@ _REFERENCE = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)@(\S+)", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def variables_to_pass_on(config: ModelSection, environ: Mapping[str, str]) -> dict[str, str]:
-    """The hub's variables for processes on other nodes; none where the base model is a folder."""
-    if not is_reference(reference(config)):
+def variables_to_pass_on(config: Config, environ: Mapping[str, str]) -> dict[str, str]:
+    """The hub's variables for processes on other nodes; none where all is in folders."""
+    datasets = (*config.datasets, *config.test_datasets)
+    if not is_reference(reference(config)) and not any(is_hub_dataset(spec.path) for spec in datasets):
         return {}
     return {name: environ[name] for name in VARIABLES if name in environ}
 
@@ -80,14 +90,14 @@ def pin(config: ConfigT, revision: str | None = None, *, weights: bool, here: bo
     if not is_reference(model):
         return config
     name, asked = _split(model)
-    with explained(name, revision or asked, ConfigError):
+    with explained(Repository(name), revision or asked, ConfigError):
         folder = _snapshot(name, revision or asked, SMALL_FILES)
         for line in model_folder_errors(str(folder), name):
             raise ConfigError(line)
         if weights and not _weights_present(folder):
             files = _weight_files(name, folder)
             if here:
-                require_room(name, folder, files)
+                require_room(Repository(name), folder, files)
     return config.model_copy(update={"revision_of_model": folder.name})
 
 
@@ -101,17 +111,17 @@ def local_folder(model: str, *, weights: bool, say: Say = lambda text: None) -> 
     if not is_reference(model):
         return Path(model)
     name, revision = _split(model)
-    with explained(name, revision, CheckpointError):
+    with explained(Repository(name), revision, CheckpointError):
         found = _complete(name, revision, weights)
         if found is not None:
             return found
-        with node_lock(name, say):
+        with node_lock(Repository(name), say):
             folder = _complete(name, revision, weights) or _snapshot(name, revision, SMALL_FILES)
             if not weights or _weights_present(folder):
                 return folder
             files = _weight_files(name, folder)
-            require_room(name, folder, files)
-            fetch_blobs(name, folder, files, say)
+            require_room(Repository(name), folder, files)
+            fetch_blobs(Repository(name), folder, files, say)
             return _snapshot(name, folder.name, [*SMALL_FILES, *(file.path for file in files)])
 
 

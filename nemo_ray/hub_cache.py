@@ -1,9 +1,9 @@
-"""How weights of the hub reach this node's cache: one process at a time, resumable, into enough room.
+"""How large files of the hub reach this node's cache: one process at a time, resumable, into enough room.
 
 Owns the lock, the look at the disk, the transfer, and one line for each error. Which files are wanted is
-hub.py's business.
+the business of hub.py (models) and hub_datasets.py.
 
-huggingface_hub 2 begins a file again when its process was killed. So the bytes of a weight file are collected
+huggingface_hub 2 begins a file again when its process was killed. So the bytes of a large file are collected
 here, beside the place where its cache expects them, and the rest (links, listings) is left to it:
 
     blobs/<sha256>.nemo_ray.incomplete  --(whole, digest right)-->  blobs/<sha256>
@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nemo_ray.errors import NemoRayError
 
@@ -39,6 +39,20 @@ _ROOM_FACTOR = 1.05
 _HTTP_MAX_BYTES = 50 * 10**9
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 _WRITE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class Repository(NamedTuple):
+    """A repository, and the keys of the configuration that name it and its revision, for messages."""
+
+    name: str
+    kind: Literal["model", "dataset"] = "model"
+    key: str = "base_model"
+    revision_key: str = "revision_of_model"
+
+    @property
+    def folder_name(self) -> str:
+        """Its folder in the cache."""
+        return f"{self.kind}s--{self.name.replace('/', '--')}"
 
 
 class RefusedError(Exception):
@@ -68,17 +82,17 @@ def no_bar() -> Any:
 
 
 @contextlib.contextmanager
-def node_lock(name: str, say: Say) -> Iterator[None]:
-    """Held by the one process that fetches `name` into this cache. The system frees it if that is killed."""
+def node_lock(repository: Repository, say: Say) -> Iterator[None]:
+    """Held by the one process that fetches it into this cache. The system frees it if that is killed."""
     from filelock import FileLock, Timeout
 
-    path = cache_folder() / ".locks" / f"models--{name.replace('/', '--')}" / "nemo_ray.lock"
+    path = cache_folder() / ".locks" / repository.folder_name / "nemo_ray.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=_TOLD_AFTER_S)
     except Timeout:
-        say(f"waiting for another process that downloads {name} (lock: {path})")
+        say(f"waiting for another process that downloads {repository.name} (lock: {path})")
         lock.acquire(poll_interval=0.2)
     try:
         yield
@@ -115,14 +129,15 @@ def _num_bytes_here(folder: Path, file: "RepoFile") -> int:
     return min(_size(_incomplete(blob)), file.size) if blob is not None else 0
 
 
-def require_room(name: str, folder: Path, files: Sequence["RepoFile"]) -> None:
+def require_room(repository: Repository, folder: Path, files: Sequence["RepoFile"]) -> None:
     """Refuse what the disk of the cache cannot take, before the first byte. `folder`: of the snapshot."""
     missing = sum(file.size - _num_bytes_here(folder, file) for file in files)
     cache = cache_folder().absolute()
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     if missing * _ROOM_FACTOR > free:
         raise RefusedError(
-            f"base_model: {name} needs {show_bytes(int(missing * _ROOM_FACTOR))} more in {cache}, where "
+            f"{repository.key}: {repository.name} needs {show_bytes(int(missing * _ROOM_FACTOR))} more in "
+            f"{cache}, where "
             f"{show_bytes(free)} are free; make room, or set HF_HOME to a folder on a larger disk"
         )
 
@@ -130,18 +145,18 @@ def require_room(name: str, folder: Path, files: Sequence["RepoFile"]) -> None:
 # -- transfer -------------------------------------------------------------------------------------
 
 
-def fetch_blobs(name: str, folder: Path, files: Sequence["RepoFile"], say: Say) -> None:
+def fetch_blobs(repository: Repository, folder: Path, files: Sequence["RepoFile"], say: Say) -> None:
     """Fetch the contents of large files into the cache, a few at a time; goes on where it was broken off."""
     blobs = [(file, blob) for file in files if (blob := _blob(folder, file)) is not None]
     total = sum(file.size for file in files)
     stop = threading.Event()
     with ThreadPoolExecutor(_NUM_CONNECTIONS, thread_name_prefix="hub") as pool:
-        futures = [pool.submit(_fetch_blob, name, folder.name, *pair, stop) for pair in blobs]
+        futures = [pool.submit(_fetch_blob, repository, folder.name, *pair, stop) for pair in blobs]
         try:
             waiting = True
             while waiting:
                 done = sum(_num_bytes_here(folder, file) for file in files)
-                say(f"downloading {name}: {show_bytes(done)} of {show_bytes(total)}")
+                say(f"downloading {repository.name}: {show_bytes(done)} of {show_bytes(total)}")
                 ended, pending = wait(futures, timeout=_SAY_EVERY_S, return_when=FIRST_EXCEPTION)
                 for future in ended:
                     future.result()
@@ -168,7 +183,9 @@ class _Sink(io.BufferedWriter):
         return super().write(data)
 
 
-def _fetch_blob(name: str, commit: str, file: "RepoFile", blob: Path, stop: threading.Event) -> None:
+def _fetch_blob(
+    repository: Repository, commit: str, file: "RepoFile", blob: Path, stop: threading.Event
+) -> None:
     """One file, whole and with the digest that the hub gives, or an error."""
     if blob.exists():
         return
@@ -177,20 +194,22 @@ def _fetch_blob(name: str, commit: str, file: "RepoFile", blob: Path, stop: thre
     for last in (False, True):
         if _size(incomplete) > file.size:
             incomplete.unlink()
-        _collect(name, commit, file, incomplete, stop)
+        _collect(repository, commit, file, incomplete, stop)
         with open(incomplete, "rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() == blob.name:
                 break
         incomplete.unlink()
         if last:
             raise RefusedError(
-                f"base_model: {file.path} of {name} came twice with another content than the hub lists; "
-                "try again later"
+                f"{repository.key}: {file.path} of {repository.name} came twice with another content than "
+                "the hub lists; try again later"
             )
     os.replace(incomplete, blob)
 
 
-def _collect(name: str, commit: str, file: "RepoFile", path: Path, stop: threading.Event) -> None:
+def _collect(
+    repository: Repository, commit: str, file: "RepoFile", path: Path, stop: threading.Event
+) -> None:
     """Append what is missing; after a cut connection go on from the last byte."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -198,7 +217,7 @@ def _collect(name: str, commit: str, file: "RepoFile", path: Path, stop: threadi
 
     # Compressed, a part of the file would not be a part of the transfer.
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-    url = hf_hub_url(name, file.path, revision=commit)
+    url = hf_hub_url(repository.name, file.path, repo_type=repository.kind, revision=commit)
     tries = _TRIES
     while True:
         had = _size(path)
@@ -236,7 +255,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def explained(name: str, revision: str, failure: type[NemoRayError]) -> Iterator[None]:
+def explained(repository: Repository, revision: str, failure: type[NemoRayError]) -> Iterator[None]:
     """Turn what goes wrong inside into a `failure` of one line."""
     try:
         yield
@@ -245,51 +264,48 @@ def explained(name: str, revision: str, failure: type[NemoRayError]) -> Iterator
     except RefusedError as error:
         raise failure(str(error)) from None
     except Exception as error:
-        raise failure(_line(error, name, revision)) from error
+        raise failure(_line(error, repository, revision)) from error
 
 
-def _line(error: Exception, name: str, revision: str) -> str:
+def _line(error: Exception, repository: Repository, revision: str) -> str:
     """Key, value, rule and remedy. Never with a header of a request: it would show the token."""
     from huggingface_hub import constants, errors, get_token
 
     endpoint = constants.ENDPOINT
+    name, kind, key, revision_key = repository
+    site = endpoint if kind == "model" else f"{endpoint}/datasets"
     if isinstance(error, errors.GatedRepoError):
-        page = f"accept the licence on {endpoint}/{name}"
+        page = f"accept the licence on {site}/{name}"
         if get_token() is None:
-            return f"base_model: {name} is gated; {page}, and set HF_TOKEN to a token of that account"
-        return f"base_model: {name} is gated, and the token in use has no access; {page} with its account"
+            return f"{key}: {name} is gated; {page}, and set HF_TOKEN to a token of that account"
+        return f"{key}: {name} is gated, and the token in use has no access; {page} with its account"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"base_model: {name} is no folder here and no model at {endpoint}, or a private one; correct it, "
+            f"{key}: {name} is no folder here and no {kind} at {endpoint}, or a private one; correct it, "
             f"or set HF_TOKEN{'' if get_token() is None else ' (the token in use has no access)'}"
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"revision_of_model: {revision} is no branch, tag or commit of {name}; see {endpoint}/{name}"
+        return f"{revision_key}: {revision} is no branch, tag or commit of {name}; see {site}/{name}"
     if isinstance(error, errors.HFValidationError):
-        return f"base_model: {name} is no folder here, and no id of a hub model (owner/name); correct it"
+        return f"{key}: {name} is no folder here, and no id of a hub {kind} (owner/name); correct it"
     cause = error.__cause__ or error
     if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code in (401, 403):
-        return (
-            f"base_model: {endpoint} refuses {name} ({_status(cause)}); set HF_TOKEN to one that may read it"
-        )
+        return f"{key}: {endpoint} refuses {name} ({_status(cause)}); set HF_TOKEN to one that may read it"
     if isinstance(cause, errors.HfHubHTTPError):
-        return f"base_model: {name}: {endpoint} answered {_status(cause)}; try again later"
+        return f"{key}: {name}: {endpoint} answered {_status(cause)}; try again later"
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return (
-            f"base_model: the disk of {cache_folder()} is full; make room (downloads go on where they ended)"
-        )
+        return f"{key}: the disk of {cache_folder()} is full; make room (downloads go on where they ended)"
     if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
-        return (
-            f"base_model: {cache_folder()} is not writable ({error.strerror}); set HF_HOME to another folder"
-        )
+        return f"{key}: {cache_folder()} is not writable ({error.strerror}); set HF_HOME to another folder"
     if constants.is_offline_mode():
+        option = "" if kind == "model" else " --repo-type dataset"
         return (
-            f"base_model: {name} is no folder here, and {cache_folder()} holds no complete copy of it; unset "
-            f"HF_HUB_OFFLINE, or run `hf download {name}` on a machine with a network"
+            f"{key}: {name} is no folder here, and {cache_folder()} holds no complete copy of it; unset "
+            f"HF_HUB_OFFLINE, or run `hf download {name}{option}` on a machine with a network"
         )
     words = str(cause).strip().splitlines() or [""]
     return (
-        f"base_model: {name} is no folder here, and {endpoint} cannot be reached ({type(cause).__name__}: "
+        f"{key}: {name} is no folder here, and {endpoint} cannot be reached ({type(cause).__name__}: "
         f"{words[0][:200]}); correct it, or check the network and HF_ENDPOINT"
     )
 

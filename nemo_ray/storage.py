@@ -267,7 +267,7 @@ def publish_bytes(path: str | Path, data: bytes) -> None:
 def _put(url: str, data: bytes) -> None:
     def work(system: fs.FileSystem, inner: str) -> None:
         # No `with`: at an error it would close the stream, which publishes what was written so far.
-        stream = system.open_output_stream(inner)
+        stream = system.open_output_stream(inner, compression=None)  # not by the name's suffix
         stream.write(data)
         stream.close()
 

@@ -21,10 +21,10 @@ from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
-LFS_SUFFIXES = (".safetensors", ".bin")
+LFS_SUFFIXES = (".safetensors", ".bin", ".parquet")
 _CHUNK_BYTES = 64 * 1024
-_API = re.compile(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/?]+)")
-_FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+_API = re.compile(r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)/(revision|tree)/([^/?]+)")
+_FILE = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass
 class Repository:
-    """The commits of one model, oldest first, and who may read it."""
+    """The commits of one model or dataset, oldest first, and who may read it."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     access: Literal["public", "gated", "private"] = "public"
@@ -102,7 +102,10 @@ class HubServer:
         files: Mapping[str, bytes],
         access: Literal["public", "gated", "private"] = "public",
     ) -> str:
-        """Commit `files`, as all that the repository holds, to its main branch; returns the commit."""
+        """Commit `files`, as all that the repository holds, to its main branch; returns the commit.
+
+        A dataset's name begins with `datasets/`.
+        """
         repository = self.repositories.setdefault(name, Repository())
         repository.access = access
         digest = hashlib.sha1(f"{name} {len(repository.commits)}".encode())
@@ -187,6 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         commit, files = found
         if kind == "revision":
             siblings = [{"rfilename": path} for path in files]
+            name = name.removeprefix("datasets/")
             answer: Any = {"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": []}
         else:
             answer = [_entry(path, content) for path, content in files.items()]

@@ -76,7 +76,7 @@ KNOWN_PLUGINS: dict[str, str] = {
 
 FOREIGN_IN_DATASETS: tuple[Foreign, ...] = (
     notice("trust_remote_code", "never needed: no code of a dataset is run"),
-    refuse("revision", "hub datasets are not downloaded in this version; download that revision"),
+    notice("preprocess_shards", "rows are always prepared a window at a time"),
     refuse(
         "template_thinking_key",
         "the reasoning reaches the template as reasoning_content; name another in message_property_mappings",
@@ -84,8 +84,7 @@ FOREIGN_IN_DATASETS: tuple[Foreign, ...] = (
     ),
     refuse(
         "split_thinking field_human field_model input_format input_transform conversation "
-        "step_separator max_completion_length train_on_last_step_only logprobs_field temperature shards "
-        "shards_idx preprocess_shards skip weight",
+        "step_separator max_completion_length train_on_last_step_only logprobs_field temperature skip",
         "not supported yet; write the rows in the form that the dataset's other keys describe, or choose "
         "them by split",
         (False, 0),

@@ -149,10 +149,15 @@ FOREIGN: tuple[Foreign, ...] = (
     notice(
         "dataset_processes dataset_num_proc dataset_keep_in_memory dataloader_num_workers "
         "dataloader_pin_memory dataloader_prefetch_factor dataloader_drop_last preprocess_iterable "
-        "streaming streaming_multipack_buffer_size pretrain_multipack_buffer_size "
+        "streaming_multipack_buffer_size pretrain_multipack_buffer_size "
         "num_dataset_shards_to_save shuffle_before_merging_datasets is_preprocess dispatch_batches "
         "split_batches accelerator_dataloader",
         "Ray Data prepares rows on the cluster while training runs, and every row is read once an epoch",
+    ),
+    notice(
+        "streaming",
+        "training begins with the first shards anyway; files and URLs are read a window at a time, datasets "
+        "of the hub are downloaded first",
     ),
     notice("remove_unused_columns", "only the fields that the dataset's entry names are read", (False, True)),
     refuse("shuffle_merged_datasets", "packs are always shuffled by seed; remove the key", (True,)),

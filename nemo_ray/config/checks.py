@@ -22,7 +22,9 @@ from nemo_ray.urls import is_url, redact, url_problem
 
 _SPLIT = re.compile(r"[A-Za-z_][\w.-]*(\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+_DATA_FILE = re.compile(
+    r".*\.(jsonl|ndjson|json|csv|tsv|parquet|arrow|txt)(\.(gz|zst|bz2|lz4))?", re.IGNORECASE
+)
 _TOKENS = ("pad_token", "eos_token", "bos_token", "unk_token")
 _SAVED_MODULES = ("lm_head", "embeddings")
 _TARGET_KEYS = ("lora_target_modules", "lora_target_linear", "lora_target_parameters")
@@ -114,10 +116,26 @@ def _data_rules(config: Config) -> Iterator[str]:
     for token in config.special_tokens:
         if token not in _TOKENS:
             yield f"special_tokens.{token}: cannot be set here; only {', '.join(_TOKENS)} can"
+    weights = [spec.weight for spec in config.datasets]
+    if None in weights and any(weight is not None for weight in weights):
+        yield (
+            f"datasets.{weights.index(None)}.weight: missing, but other datasets have one; give it to all of "
+            "them or to none"
+        )
+    for spec in config.test_datasets:
+        if spec.weight is not None:
+            yield f"test_datasets.weight: {show(spec.weight)} means nothing in evaluation; remove it"
     for key, spec in _specs(config):
         if spec.split is not None and not _SPLIT.fullmatch(spec.split.replace(" ", "")):
             yield (
                 f"{key}.split: {show(spec.split)} is not a slice; write train, train[:20%] or train[100:200]"
+            )
+        if spec.shards is None and spec.shards_idx:
+            yield f"{key}.shards_idx: {spec.shards_idx} needs shards; say of how many parts it is one"
+        if spec.shards is not None and spec.shards_idx >= spec.shards:
+            yield (
+                f"{key}.shards_idx: {spec.shards_idx} is no part of shards: {spec.shards}; give a number "
+                f"below {spec.shards}"
             )
 
     yield from format_rules(config)
@@ -163,6 +181,9 @@ def rule_notices(config: Config) -> list[str]:
     notices += format_notices(config)
     if _given(config, "revision_of_model") and not is_hub_id(config.base_model):
         notices.append("revision_of_model: not used, since base_model is a folder, not a hub id")
+    for key, spec in _specs(config):
+        if spec.revision is not None and not is_hub_dataset(spec.path):
+            notices.append(f"{key}.revision: not used, since {show(spec.path)} is no dataset of the hub")
     return [*notices, *evaluation_notices(config), *tracker_notices(config)]
 
 
@@ -238,10 +259,9 @@ def is_hub_id(base_model: str) -> bool:
     return bool(_HUB_ID.fullmatch(base_model)) and not os.path.exists(base_model)
 
 
-def _may_be_on_the_hub(path: str) -> bool:
-    """Whether a dataset is written like owner/name, and not like a file in a folder that is here."""
-    owner, _, name = path.partition("/")
-    return bool(_HUB_ID.fullmatch(path)) and not name.endswith(_DATA_SUFFIXES) and not os.path.isdir(owner)
+def is_hub_dataset(path: str) -> bool:
+    """Whether a dataset is written like owner/name, and not like a file, or something in a folder here."""
+    return is_hub_id(path) and not _DATA_FILE.fullmatch(path) and not os.path.isdir(path.split("/")[0])
 
 
 def _base_model_errors(path: str) -> list[str]:
@@ -281,14 +301,15 @@ def model_folder_errors(folder: str, name: str) -> list[str]:
 def _dataset_errors(key: str, spec: DatasetSpec) -> list[str]:
     if is_url(spec.path):
         return []  # whether it is there shows when its files are listed
+    if is_hub_dataset(spec.path):
+        return []  # whether there is such a dataset, with such files, shows when its files are listed
     if not os.path.exists(spec.path):
-        if _may_be_on_the_hub(spec.path):
-            return [
-                f"{key}.path: {show(spec.path)} is no file or folder here, and hub datasets are not "
-                f"downloaded in this version; if it is one, run `hf download {spec.path} --repo-type dataset "
-                "--local-dir FOLDER` and give that folder"
-            ]
-        return [f"{key}.path: {show(spec.path)} does not exist; give a file, or a folder of files"]
+        if any(letter in spec.path for letter in "*?[") and glob.glob(spec.path, recursive=True):
+            return []
+        return [
+            f"{key}.path: {show(spec.path)} does not exist; give a file, a folder of files, a pattern such "
+            "as data/*.jsonl, or a dataset of the hub (owner/name)"
+        ]
     if not spec.data_files:
         return []
     if not os.path.isdir(spec.path):
@@ -298,5 +319,5 @@ def _dataset_errors(key: str, spec: DatasetSpec) -> list[str]:
     return [
         f"{key}.data_files: {show(name)} is not in {show(spec.path)}; name files of that folder"
         for name in spec.data_files
-        if not is_url(name) and not glob.glob(os.path.join(spec.path, name))
+        if not is_url(name) and not glob.glob(os.path.join(spec.path, name), recursive=True)
     ]

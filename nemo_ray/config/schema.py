@@ -143,8 +143,20 @@ class AdapterSection(Section):
 class DatasetSpec(Section):
     """One source of rows."""
 
-    path: PathText = Field(description="A file, or a folder of files: JSON lines, a JSON array, or Parquet.")
-    name: Text | None = Field(None, description="Configuration of a hub dataset.")
+    path: PathText = Field(
+        description="A file, a pattern (`data/*.jsonl`), a folder of files, a URL of one of these (s3://, "
+        "gs://, abfs://), a folder that `datasets` saved, or a dataset on the Hugging Face hub, "
+        "`owner/name`: its data files are downloaded. Files are JSON lines, a JSON array, CSV, TSV, Parquet, "
+        "Arrow or plain text, the textual ones also compressed (.gz, .zst, .bz2, .lz4)."
+    )
+    name: Text | None = Field(
+        None, description="Configuration of a hub dataset, where its card has several (`configs`)."
+    )
+    revision: Text | None = Field(
+        None,
+        description="Branch, tag or commit of a hub dataset.",
+        json_schema_extra={"default_text": "main"},
+    )
     type: Literal[
         "chat_template", "prompt_completion", "alpaca", "input_output", "completion", "pretrain", "tokenized"
     ] = Field(
@@ -157,11 +169,29 @@ class DatasetSpec(Section):
         "`sequence_len` becomes several documents. `tokenized`: `input_ids` and `labels`.",
     )
     split: Text | None = Field(
-        None, description="Rows to take, as a slice: `train[:20%]`, `train[100:200]`; without one, all rows."
+        None,
+        description="Rows to take, as a slice: `train[:20%]`, `train[100:200]`. Without one, all rows; of a "
+        "dataset with named splits (on the hub, or saved by `datasets`) those of `train`, in `test_datasets` "
+        "those of `test`.",
     )
-    data_files: PathList = Field((), description="Files to take from the folder `path`.")
-    ds_type: Literal["json", "parquet"] | None = Field(
-        None, description="File format; without it, from the suffix (.jsonl, .json, .parquet)."
+    shards: PositiveInt | None = Field(
+        None, description="Take one of so many parts of the rows, each of consecutive rows."
+    )
+    shards_idx: NonNegativeInt = Field(0, description="Which of the `shards` parts, from 0.")
+    weight: Positive | None = Field(
+        None,
+        description="The dataset's part of the trained tokens, relative to the weights of the others. An "
+        "epoch has as many tokens as all datasets together: what is too small for its part is read more than "
+        "once, what is too large goes on in the next epoch. Give it to all datasets or to none.",
+        json_schema_extra={"default_text": "each row once an epoch"},
+    )
+    data_files: PathList = Field(
+        (), description="Files to take from the folder, URL or hub dataset `path`; patterns are allowed."
+    )
+    ds_type: Literal["json", "csv", "tsv", "parquet", "arrow", "text"] | None = Field(
+        None,
+        description="File format; without it, from the suffix (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
+        ".arrow, .txt).",
     )
     field_messages: Text = Field("messages", description="Field of a row that holds the conversation.")
     message_property_mappings: Mapping = Field(

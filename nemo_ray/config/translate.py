@@ -24,6 +24,7 @@ from nemo_ray.config.dataset_folds import fold_pretraining, fold_type
 
 Raw = dict[str, Any]
 DATASET_KEYS = ("datasets", "test_datasets")
+_FORMATS = ("json", "csv", "parquet", "arrow", "text")
 
 
 @dataclass
@@ -129,7 +130,7 @@ def translate(raw: Raw) -> Findings:
     _take_foreign(raw, lookup(FOREIGN), "", found)
     for name, index, entry in dataset_entries(raw):
         _take_foreign(entry, lookup(FOREIGN_IN_DATASETS), f"{name}.{index}.", found)
-        if entry.get("path") in ("json", "parquet") and "data_files" in entry and not isdir(entry["path"]):
+        if entry.get("path") in _FORMATS and "data_files" in entry and not isdir(entry["path"]):
             # The hub library's way to name local files: a format for a path.
             entry.setdefault("ds_type", entry["path"])
             entry["path"] = "."

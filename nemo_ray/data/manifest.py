@@ -20,7 +20,7 @@ from nemo_ray.storage import join
 FORMAT_VERSION = 2
 """Part of every window's key: raised whenever the same inputs would give another shard."""
 
-FileFormat = Literal["jsonl", "json", "parquet"]
+FileFormat = Literal["jsonl", "json", "csv", "tsv", "text", "parquet", "arrow"]
 
 
 @dataclass(frozen=True)

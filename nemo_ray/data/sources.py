@@ -1,7 +1,9 @@
 """Files to windows: which rows are prepared together, and which are held out. Nothing is tokenized but a
 probe.
 
-A window is a block of consecutive rows of one file, worth about 256 packs; small files share one. Held-out
+A window is a block of consecutive rows of one file, worth about 256 packs; small files share one. Its key
+holds the content of its rows and all that shapes a shard, so that a file more, or rows more at the end of a
+file, leaves the other windows as they are. Held-out
 rows are runs of 16 consecutive rows chosen by a hash of file name and run number, so neither the seed nor
 another file's growth moves them:
 
@@ -17,7 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from nemo_ray.config.schema import DataSection, DatasetSpec
-from nemo_ray.data.files import RUN_ROWS, FileIndex, ParquetIndex, read_span, scan
+from nemo_ray.data.entries import files_of
+from nemo_ray.data.files import RUN_ROWS, FileIndex, read_span
 from nemo_ray.data.formats import format_of
 from nemo_ray.data.formats.base import resolve
 from nemo_ray.data.formats.fields import check_columns, check_fields
@@ -33,16 +36,22 @@ from nemo_ray.data.manifest import (
     WindowList,
     digest,
 )
+from nemo_ray.data.mixing import describe_mix
+from nemo_ray.data.opening import open_files, unpacked_notices
 from nemo_ray.data.prepare import dataset_specs, encode_rows, fit, row_columns
-from nemo_ray.data.splits import list_files, parse_split
+from nemo_ray.data.splits import parse_split, taken_rows
+from nemo_ray.data.tables import TableIndex
 from nemo_ray.data.template import RowError
 from nemo_ray.data.tokenizer import LoadedTokenizer, TokenizerSpec, load_tokenizer
-from nemo_ray.data.windows import Block, Ranges, count_rows, eval_blocks, train_blocks, without
+from nemo_ray.data.window_size import kept_window_size
+from nemo_ray.data.windows import Block, Ranges, blocks_of, count_rows, without
 from nemo_ray.errors import ConfigError, DataError
+from nemo_ray.hub_cache import Say
 from nemo_ray.storage import absolute
 
 PACKS_PER_WINDOW = 256
 _PROBED_ROWS = 256
+_PROBED_FILES = 4
 
 
 @dataclass(frozen=True)
@@ -57,24 +66,30 @@ class _Source:
     rows_per_window: int
     tokens_per_row: float
     settings: str
+    notices: tuple[str, ...]
 
 
-def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def plan_data(data: DataSection, base_model: str, directory: str, say: Say = _print) -> DataPlan:
     """List the windows of all sources. Reads every file once (Parquet: its footer) and encodes a few rows.
 
-    Raises ConfigError for a missing file, and for a field that no row has; DataError for files without
-    usable rows.
+    `directory`: where shards will be; compressed files are unpacked there, scans of large files remembered.
+    `say` is told what is waited for, such as a download. Raises ConfigError for a missing file, and for a
+    field that no row has; DataError for files without usable rows.
     """
     tokenizer_spec = TokenizerSpec.of(data, base_model)
     loaded = load_tokenizer(tokenizer_spec)
-    train = [
-        _open_source(spec, f"datasets[{i}]", data, tokenizer_spec, loaded)
-        for i, spec in enumerate(data.datasets)
-    ]
-    test = [
-        _open_source(spec, f"test_datasets[{i}]", data, tokenizer_spec, loaded)
-        for i, spec in enumerate(data.test_datasets)
-    ]
+    directory = absolute(directory)
+    train, test = (
+        [
+            _open_source(spec, f"{name}[{i}]", data, tokenizer_spec, loaded, directory, say)
+            for i, spec in enumerate(specs)
+        ]
+        for name, specs in (("datasets", data.datasets), ("test_datasets", data.test_datasets))
+    )
     held_out = _held_out(train, data.val_set_size)
     eval_packing = data.sample_packing if data.eval_sample_packing is None else data.eval_sample_packing
     windows: list[Window] = []
@@ -87,11 +102,13 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
         kept = (
             [[] for _ in whole] if testing else [without(a, b) for a, b in zip(whole, kept_out, strict=True)]
         )
-        size = source.rows_per_window
-        windows += [_window(number, source, block, data.sample_packing) for block in train_blocks(kept, size)]
-        eval_windows += [
-            _window(number, source, block, eval_packing) for block in eval_blocks(kept_out, size)
-        ]
+        names, size = [file.name for file in source.files], source.rows_per_window
+        for rows, aligned, packing, made in (
+            (kept, True, data.sample_packing, windows),
+            (kept_out, False, eval_packing, eval_windows),
+        ):
+            blocks = blocks_of(names, rows, size, aligned=aligned)
+            made += [_window(number, source, block, packing) for block in blocks]
         infos.append(_info(source, kept_out, testing))
     if not windows:
         raise ConfigError(
@@ -100,13 +117,17 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
         )
     keys = [[window.key for window in windows], [window.key for window in eval_windows]]
     return DataPlan(
-        directory=absolute(directory),
+        directory=directory,
         fingerprint=digest(FORMAT_VERSION, keys, loaded.pad_id),
         sequence_len=data.sequence_len,
         windows=WindowList(windows),
         eval_windows=WindowList(eval_windows),
         sources=tuple(infos),
-        notices=_notices(data, loaded),
+        notices=(
+            *(line for source in (*train, *test) for line in source.notices),
+            *_notices(data, loaded),
+            *describe_mix(infos),
+        ),
         pad_id=loaded.pad_id,
     )
 
@@ -115,22 +136,29 @@ def plan_data(data: DataSection, base_model: str, directory: str) -> DataPlan:
 
 
 def _open_source(
-    spec: DatasetSpec, key: str, data: DataSection, tokenizer: TokenizerSpec, loaded: LoadedTokenizer
+    spec: DatasetSpec,
+    key: str,
+    data: DataSection,
+    tokenizer: TokenizerSpec,
+    loaded: LoadedTokenizer,
+    directory: str,
+    say: Say,
 ) -> _Source:
     spec, tokenizer = resolve(spec, data), tokenizer.for_dataset(spec)
     loaded = load_tokenizer(tokenizer)
     split = parse_split(spec.split, key)
+    named = files_of(spec, split, key, key.startswith("test_"), say)
+    opened = open_files(named, directory)
     files: list[FileInfo] = []
-    indexes: list[FileIndex] = []
     rows = 0
-    for path, name, form in list_files(spec, split, key):
-        index = scan(str(path), name, form)
-        if isinstance(index, ParquetIndex):
-            check_columns(spec, key, str(path), index.columns)
-        files.append(FileInfo(str(path), name, index.identity, form, index.num_rows, rows))
-        indexes.append(index)
-        rows += index.num_rows
-    first, last = (0, rows) if split is None else split.rows(rows)
+    for file in opened:
+        if isinstance(file.index, TableIndex):
+            check_columns(spec, key, file.path, file.index.columns)
+        files.append(
+            FileInfo(file.path, file.name, file.index.identity, file.format, file.index.num_rows, rows)
+        )
+        rows += file.index.num_rows
+    first, last = taken_rows(spec, split, rows)
     taken = tuple(
         (
             min(max(first - file.first_row, 0), file.num_rows),
@@ -139,17 +167,24 @@ def _open_source(
         for file in files
     )
     if first == last:
-        raise DataError(f"{key}: {spec.path}{'' if spec.split is None else f' ({spec.split})'} holds no rows")
+        part = "" if spec.split is None else f" ({spec.split})"
+        shard = "" if spec.shards is None else f" for part {spec.shards_idx} of {spec.shards} shards"
+        raise DataError(f"{key}: {spec.path}{part} holds no rows{shard}")
+    indexes = tuple(file.index for file in opened)
     tokens_per_row = _probe(spec, key, data, tokenizer, files, indexes, taken)
+    settings = _settings(spec, data, loaded)
+    wanted = _rows_per_window(tokens_per_row, data)
+    known_by = [spec.path, spec.name, spec.data_files, settings, data.sample_packing, PACKS_PER_WINDOW]
     return _Source(
         key=key,
         spec=spec,
         files=tuple(files),
-        indexes=tuple(indexes),
+        indexes=indexes,
         taken=taken,
-        rows_per_window=_rows_per_window(tokens_per_row, data),
+        rows_per_window=kept_window_size(directory, digest(*known_by), wanted, last - first),
         tokens_per_row=tokens_per_row,
-        settings=_settings(spec, data, loaded),
+        settings=settings,
+        notices=unpacked_notices(opened, key, directory),
     )
 
 
@@ -170,10 +205,13 @@ def _probe(
     indexes: Sequence[FileIndex],
     taken: Sequence[tuple[int, int]],
 ) -> float:
-    """Mean tokens of the first rows: dropped and rejected ones count as 0, cut ones as cut."""
+    """Mean tokens of the first rows of a few files: dropped and rejected ones count as 0, cut ones as cut."""
     rows: list[object] = []
-    for number, (start, stop) in enumerate(taken):
-        count = min(stop - start, _PROBED_ROWS - len(rows))
+    filled = [number for number, (start, stop) in enumerate(taken) if start < stop]
+    spread = filled[:: -(-len(filled) // _PROBED_FILES)]
+    for number in dict.fromkeys([*spread, *filled]):
+        start, stop = taken[number]
+        count = min(stop - start, _PROBED_ROWS - len(rows), -(-_PROBED_ROWS // len(spread)))
         if count > 0:
             span = indexes[number].span(number, start, count)
             rows += read_span(files[number].path, files[number].format, span, row_columns(spec))
@@ -225,22 +263,26 @@ def _held_out(sources: Sequence[_Source], val_set_size: float) -> list[list[Rang
 
 def _window(number: int, source: _Source, block: Block, packing: bool) -> Window:
     spans = tuple(source.indexes[file].span(file, start, stop - start) for file, start, stop in block)
-    rows: list[tuple[str, Span]] = [
-        (source.files[span.file].identity, span._replace(file=0)) for span in spans
+    rows: list[tuple[str, str, Span]] = [
+        (source.files[span.file].format, source.indexes[span.file].content(span), span._replace(file=0))
+        for span in spans
     ]
     return Window(number, spans, count_rows(block), digest(FORMAT_VERSION, source.settings, packing, rows))
 
 
 def _info(source: _Source, kept_out: list[Ranges], testing: bool) -> SourceInfo:
+    num_rows = sum(stop - start for start, stop in source.taken)
+    held_out = sum(stop - start for ranges in kept_out for start, stop in ranges)
     return SourceInfo(
         name=source.spec.path if source.spec.split is None else f"{source.spec.path} {source.spec.split}",
         type=source.spec.type,
         files=source.files,
-        num_rows=sum(stop - start for start, stop in source.taken),
-        held_out_rows=sum(stop - start for ranges in kept_out for start, stop in ranges),
+        num_rows=num_rows,
+        held_out_rows=held_out,
         rows_per_window=source.rows_per_window,
         tokens_per_row=source.tokens_per_row,
         evaluation_only=testing,
+        weight=None if testing else source.spec.weight,
     )
 
 

@@ -1,31 +1,17 @@
-"""Which files a dataset entry names, and which of their rows its split takes. Raises ConfigError."""
+"""Which rows of a dataset's files an entry takes: the slice of its `split`, and its part of `shards`.
 
-import glob
+Owns the arithmetic and the choice of files by a split's name. Raises ConfigError.
+"""
+
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from nemo_ray.config.schema import DatasetSpec
-from nemo_ray.data.files import sniff_json
-from nemo_ray.data.manifest import FileFormat
 from nemo_ray.errors import ConfigError
 
-_SUFFIXES: dict[str, FileFormat] = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-}
 _SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
-
-
-class NamedFile(NamedTuple):
-    """A file, and its name within the dataset, which does not change when the dataset moves."""
-
-    path: Path
-    name: str
-    format: FileFormat
+_OTHER_SPLITS = ("test", "validation", "valid", "dev")
 
 
 class Split(NamedTuple):
@@ -59,87 +45,50 @@ def parse_split(text: str | None, key: str) -> Split | None:
     return Split(match["name"], match["start"], match["stop"])
 
 
-def list_files(spec: DatasetSpec, split: Split | None, key: str) -> list[NamedFile]:
-    """The entry's files in their fixed order: as given in data_files, sorted by name in a folder."""
-    root = Path(spec.path).expanduser()
-    if not root.exists() and spec.path in ("json", "parquet") and spec.data_files:
-        root = Path()  # the spelling of datasets.load_dataset("json", data_files=...)
-    if not root.exists():
-        raise ConfigError(
-            f"{key}.path: {spec.path} is not there; give a file, or a folder of .jsonl or .parquet files"
-        )
-    root = root.absolute()
-    if root.is_file():
-        paths, base = [root], root.parent
-    elif spec.data_files:
-        paths, base = _data_files(root, spec.data_files, key), root
-    else:
-        paths, base = _folder_files(root, spec.ds_type), root
-        if not paths:
-            raise ConfigError(f"{key}.path: {spec.path} holds no .jsonl, .json or .parquet file")
-    prefix = "" if root.is_file() else f"{root.name}/"
-    named = [
-        NamedFile(path, prefix + _relative(path, base), _format(path, spec.ds_type, f"{key}.ds_type"))
-        for path in paths
-    ]
-    return _of_split(named, split, f"{key}.split")
+def taken_rows(spec: DatasetSpec, split: Split | None, num_rows: int) -> tuple[int, int]:
+    """The [first, last) of an entry's `num_rows` rows that it takes.
+
+    With `shards: N`, the slice is cut into N runs of consecutive rows, equal to within one row, the longer
+    ones first; the one numbered `shards_idx` is taken.
+    """
+    first, last = (0, num_rows) if split is None else split.rows(num_rows)
+    if spec.shards is None:
+        return first, last
+    size, longer = divmod(last - first, spec.shards)
+    start = first + size * spec.shards_idx + min(spec.shards_idx, longer)
+    return start, start + size + (spec.shards_idx < longer)
 
 
-def _relative(path: Path, base: Path) -> str:
-    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.as_posix()
-
-
-def _data_files(root: Path, patterns: Sequence[str], key: str) -> list[Path]:
-    paths: list[Path] = []
-    for pattern in patterns:
-        where = str(root / Path(pattern).expanduser())
-        found = [where] if Path(where).is_file() else sorted(glob.glob(where, recursive=True))
-        files = [Path(path) for path in found if Path(path).is_file()]
-        if not files:
-            raise ConfigError(f"{key}.data_files: {pattern} matches no file in {root}")
-        paths += files
-    return list(dict.fromkeys(paths))
-
-
-def _folder_files(root: Path, ds_type: str | None) -> list[Path]:
-    """Data files of a folder. A .json file beside .jsonl or .parquet files describes them: left out."""
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix.lower() in _SUFFIXES)
-    files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(root).parts)]
-    if ds_type is not None:
-        files = [path for path in files if (path.suffix.lower() == ".parquet") == (ds_type == "parquet")]
-    rows = [path for path in files if path.suffix.lower() != ".json"]
-    return rows or files
-
-
-def _format(path: Path, ds_type: str | None, key: str) -> FileFormat:
-    if ds_type is None and path.suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"{key}: the format of {path} cannot be told from its suffix; give json or parquet")
-    if ds_type == "parquet" or (ds_type is None and _SUFFIXES[path.suffix.lower()] == "parquet"):
-        return "parquet"
-    try:
-        return sniff_json(str(path))
-    except OSError as error:
-        raise ConfigError(f"{key}: {path} cannot be read: {error.strerror or error}") from None
-
-
-def _of_split(files: list[NamedFile], split: Split | None, key: str) -> list[NamedFile]:
-    """The files named after the split; where no name speaks of any split, all files are `train`."""
+def files_of_split(names: Sequence[str], split: Split | None, key: str) -> list[int]:
+    """Numbers of the files named after the split; where no name speaks of any split, all are `train`."""
     if split is None:
-        return files
-    named = [file for file in files if _mentions(file.name, split.name)]
+        return list(range(len(names)))
+    named = [number for number, name in enumerate(names) if _mentions(name, split.name)]
     if named:
         return named
-    others = [
-        file
-        for file in files
-        if any(_mentions(file.name, word) for word in ("test", "validation", "valid", "dev"))
-    ]
-    if split.name != "train" or (others and len(files) > 1):
+    others = [name for name in names if any(_mentions(name, word) for word in _OTHER_SPLITS)]
+    if split.name != "train" or (others and len(names) > 1):
         raise ConfigError(
-            f"{key}: no file is named after {split.name!r}; files are {', '.join(f.name for f in files[:5])}"
+            f"{key}.split: no file is named after {split.name!r}; files are {', '.join(names[:5])}"
         )
-    return files
+    return list(range(len(names)))
 
 
 def _mentions(name: str, word: str) -> bool:
     return re.search(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])", name) is not None
+
+
+def choose_split(
+    splits: Sequence[str], split: Split | None, key: str, where: str, evaluating: bool = False
+) -> str:
+    """The one of a dataset's named splits that is meant: without a name `train`, or to evaluate on `test`."""
+    if split is not None:
+        if split.name in splits:
+            return split.name
+        raise ConfigError(f"{key}.split: {where} has no split {split.name!r}; it has {', '.join(splits)}")
+    usual = "test" if evaluating else "train"
+    if usual in splits:
+        return usual
+    if len(splits) == 1:
+        return splits[0]
+    raise ConfigError(f"{key}.split: missing, and {where} has no {usual!r}; choose of {', '.join(splits)}")

@@ -1,5 +1,6 @@
 """Row ranges to windows: which rows are prepared together. Pure arithmetic on row numbers."""
 
+import hashlib
 from collections.abc import Sequence
 
 Ranges = list[tuple[int, int]]
@@ -27,25 +28,54 @@ def without(whole: Ranges, holes: Ranges) -> Ranges:
     return result
 
 
-def train_blocks(kept: Sequence[Ranges], size: int) -> list[Block]:
-    """Blocks of `size` rows, aligned in each file; files of less than half of that share one.
+def blocks_of(names: Sequence[str], rows: Sequence[Ranges], size: int, *, aligned: bool) -> list[Block]:
+    """Blocks of about `size` rows, so that those of one file hardly depend on the others.
 
-    Aligned to the file, so that the windows of one file do not depend on the others.
+    A file is cut by itself: `aligned`, at the multiples of `size` among its row numbers; else after every
+    `size` of its given rows. Files of less than half of that share blocks (`_Sharing`).
     """
     blocks: list[Block] = []
-    small: Block = []
-    for number, ranges in enumerate(kept):
-        parts = _aligned(number, ranges, size)
+    sharing = _Sharing(size)
+    for number, (name, ranges) in enumerate(zip(names, rows, strict=True)):
+        parts = _aligned(number, ranges, size) if aligned else _counted(number, ranges, size)
         if len(parts) > 1 and count_rows(parts[-1]) < size // 2:
             tail = parts.pop()
             parts[-1] = parts[-1] + tail
         if len(parts) == 1 and count_rows(parts[0]) < size // 2:
-            small += parts.pop()
-            if count_rows(small) >= size:
-                blocks.append(small)
-                small = []
-        blocks += parts
-    return [*blocks, small] if small else blocks
+            sharing.add(name, parts.pop())
+        blocks += sharing.taken() + parts
+    return blocks + sharing.rest()
+
+
+class _Sharing:
+    """Blocks of small files, cut where a hash of the last file's name says so, not where a sum of rows does:
+    a file more or less changes the block that it is in, and the blocks beyond the next such cut stay.
+
+    The hash cuts a block of half a `size` or more, on average after another half; twice a `size` is the most.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._open: Block = []
+        self._done: list[Block] = []
+
+    def add(self, name: str, part: Block) -> None:
+        """The next file's rows."""
+        rows = count_rows(self._open) + count_rows(part)
+        self._open = self._open + part
+        share = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") / 2.0**64
+        if rows * 2 >= self._size and (share * self._size < 2 * count_rows(part) or rows >= 2 * self._size):
+            self._done.append(self._open)
+            self._open = []
+
+    def taken(self) -> list[Block]:
+        """The blocks that are complete, once."""
+        done, self._done = self._done, []
+        return done
+
+    def rest(self) -> list[Block]:
+        """The last block, if any row is left."""
+        return [self._open] if self._open else []
 
 
 def _aligned(number: int, ranges: Ranges, size: int) -> list[Block]:
@@ -60,18 +90,17 @@ def _aligned(number: int, ranges: Ranges, size: int) -> list[Block]:
     return list(parts.values())
 
 
-def eval_blocks(held_out: Sequence[Ranges], size: int) -> list[Block]:
-    """Held-out rows of all files in order, `size` at a time."""
-    blocks: list[Block] = [[]]
+def _counted(number: int, ranges: Ranges, size: int) -> list[Block]:
+    """Cut after every `size` rows."""
+    parts: list[Block] = [[]]
     room = size
-    for number, ranges in enumerate(held_out):
-        for start, stop in ranges:
-            while start < stop:
-                end = min(stop, start + room)
-                blocks[-1].append((number, start, end))
-                room -= end - start
-                start = end
-                if room == 0:
-                    blocks.append([])
-                    room = size
-    return [block for block in blocks if block]
+    for start, stop in ranges:
+        while start < stop:
+            end = min(stop, start + room)
+            parts[-1].append((number, start, end))
+            room -= end - start
+            start = end
+            if room == 0:
+                parts.append([])
+                room = size
+    return [part for part in parts if part]

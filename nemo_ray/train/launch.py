@@ -155,6 +155,7 @@ class Launch:
         resources.require_num_workers(asked.ray, connected=address is not None)
         revision = outputs.base_revision(asked, start)
         config = hub.pin(asked, revision, weights=not asked.reinit_weights, here=address is None)
+        config = outputs.keep_dataset_commits(config, start)
         self.config, model = config, hub.reference(config)
         shape = read_shape(str(hub.local_folder(model, weights=False)))
         if config.adapter:  # a name that matches nothing is told before a run is replaced

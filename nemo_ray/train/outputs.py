@@ -14,6 +14,7 @@ from typing import Any
 from nemo_ray.config.schema import Config, DatasetSpec, TrainSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
+from nemo_ray.hub_datasets import commit_of
 from nemo_ray.run_dir import RunDir
 from nemo_ray.session import JOB_CONFIG_VARIABLE
 from nemo_ray.storage import publish_bytes, read_json
@@ -128,6 +129,26 @@ def base_revision(config: Config, start: Start) -> str:
     keys = ("base_model", "revision_of_model")
     same = all(began.get("config", {}).get(key) == getattr(config, key) for key in keys)
     return (began.get("base_model_commit") if same else None) or config.revision_of_model
+
+
+def keep_dataset_commits(config: Config, start: Start) -> Config:
+    """The same for datasets of the hub: a continued run keeps the commits of its data plan."""
+    run = RunDir(start.checkpoint.parent.parent) if start.checkpoint is not None else None
+    if run is None or not run.data_plan_file.exists():
+        return config
+    began = run.read_run().get("config", {})
+    sources = iter(DataPlan.from_json(read_json(run.data_plan_file)).sources)
+    kept: dict[str, tuple[DatasetSpec, ...]] = {}
+    for key, specs in (("datasets", config.datasets), ("test_datasets", config.test_datasets)):
+        entries = [(entry["path"], entry.get("revision")) for entry in began.get(key, ())]
+        if entries != [(spec.path, spec.revision) for spec in specs]:
+            return config
+        commits = [commit_of(source.files[0].path) for source, _ in zip(sources, specs, strict=False)]
+        kept[key] = tuple(
+            spec if commit is None else spec.model_copy(update={"revision": commit})
+            for spec, commit in zip(specs, commits, strict=True)
+        )
+    return config.model_copy(update=kept)
 
 
 def _refuse_a_run(run: RunDir) -> None:

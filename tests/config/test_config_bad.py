@@ -191,7 +191,7 @@ UNSUPPORTED: list[tuple[Keys, str]] = [
     ),
     ({"output_dir": "s3://bucket/run"}, "output_dir: s3://bucket/run"),
     ({"ray": {"storage_path": "s3://b/p"}}, "ray.storage_path: s3://b/p"),
-    ({"datasets": [{"path": "rows.jsonl", "name": "en"}]}, "datasets.0.name: en"),
+    ({"datasets": [{"path": "hf://datasets/a/b"}]}, "datasets.0.path: hf://datasets/a/b"),
 ]
 
 
@@ -263,7 +263,7 @@ def test_a_folder_named_like_a_hub_model_is_used(world: Keys) -> None:
         ({"path": "gone.jsonl"}, "datasets.0.path: gone.jsonl does not exist"),
         ({"path": "data/gone.jsonl"}, "datasets.0.path: data/gone.jsonl does not exist"),
         ({"path": "base/gone"}, "datasets.0.path: base/gone does not exist"),
-        ({"path": "mlabonne/FineTome-100k"}, "hf download mlabonne/FineTome-100k --repo-type dataset"),
+        ({"path": "gone-*.jsonl"}, "datasets.0.path: gone-*.jsonl does not exist"),
         (
             {"path": ".", "data_files": ["rows.jsonl", "gone.jsonl"]},
             "datasets.0.data_files: gone.jsonl is not in .",
@@ -274,7 +274,17 @@ def test_a_folder_named_like_a_hub_model_is_used(world: Keys) -> None:
 def test_dataset_paths(world: Keys, spec: Keys, part: str) -> None:
     (line,) = errors_of(world | {"datasets": [spec]})
     assert part in line
-    assert errors_of(world | {"datasets": [{"path": ".", "data_files": ["*.jsonl"]}]}) == []
+    for fine in ({"path": ".", "data_files": ["*.jsonl"]}, {"path": "*.jsonl"}, {"path": "owner/chats"}):
+        assert errors_of(world | {"datasets": [fine]}) == []
+
+
+def test_a_part_of_shards_is_one_of_them(world: Keys) -> None:
+    for keys, part in (
+        ({"shards": 2, "shards_idx": 2}, "datasets.0.shards_idx: 2 is no part of shards: 2"),
+        ({"shards_idx": 1}, "datasets.0.shards_idx: 1 needs shards"),
+    ):
+        (line,) = errors_of(world | {"datasets": [{"path": "rows.jsonl", **keys}]})
+        assert part in line
 
 
 def test_other_paths(world: Keys) -> None:

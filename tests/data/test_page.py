@@ -132,7 +132,7 @@ def test_a_page_before_anything_is_prepared(base: Path, tmp_path: Path) -> None:
     assert "Nothing is prepared yet: this page shows the first " in page.words
     assert "<script>alert('x')</script>\" onload='y' & ␛[31mred\\u202e" in page.words
     assert "texts<b>.jsonl" in page.words and "no assistant turn" in page.words
-    assert len(html) < 300_000 and not (tmp_path / "out" / "prepared").exists()
+    assert len(html) < 300_000 and not list((tmp_path / "out" / "prepared").glob("*.arrow"))
 
 
 def test_a_page_of_what_was_prepared_needs_no_ray(

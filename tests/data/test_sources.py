@@ -73,7 +73,7 @@ def test_lines_are_counted_whatever_the_chunks(
     lines = [json.dumps(text) for text in texts]
     path.write_text("\n".join(lines) + ("\n" if ends and lines else ""))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nemo_ray.data.files._CHUNK_BYTES", chunk)
+        patch.setattr("nemo_ray.data.lines._CHUNK_BYTES", chunk)
         index = scan(str(path), "x", "jsonl")
     assert index.num_rows == len(texts)
     for first in range(0, len(texts), 7):
@@ -290,11 +290,13 @@ def test_paths_that_are_not_there(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"datasets\[0\].path: .* is not there"):
         plan(section(tmp_path / "none.jsonl"), base, tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"holds no .jsonl, .json or .parquet file"):
+    with pytest.raises(ConfigError, match=r"holds no .jsonl, .json, .csv, .tsv, .parquet, .arrow or .txt"):
         plan(section(tmp_path / "empty"), base, tmp_path)
-    (tmp_path / "rows.csv").write_text("a,b\n")
-    with pytest.raises(ConfigError, match=r"datasets\[0\].ds_type: the format of .*rows.csv cannot be told"):
-        plan(section(tmp_path / "rows.csv"), base, tmp_path)
+    with pytest.raises(ConfigError, match=r"datasets\[0\].path: .*none-\*.jsonl matches no file"):
+        plan(section(tmp_path / "none-*.jsonl"), base, tmp_path)
+    (tmp_path / "rows.xls").write_text("a,b\n")
+    with pytest.raises(ConfigError, match=r"datasets\[0\].ds_type: the format of .*rows.xls cannot be told"):
+        plan(section(tmp_path / "rows.xls"), base, tmp_path)
 
 
 def test_a_parquet_file_without_the_column(base: Path, tmp_path: Path) -> None:

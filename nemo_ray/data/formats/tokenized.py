@@ -53,7 +53,7 @@ def _reader(spec: DatasetSpec, loaded: LoadedTokenizer, train_on_inputs: bool) -
 def _numbers(row: Any, name: str) -> npt.NDArray[np.int64]:
     value = read_field(row, name)
     try:
-        numbers = np.asarray(value) if isinstance(value, list) and value else None
+        numbers = np.asarray(value) if isinstance(value, (list, np.ndarray)) and len(value) else None
     except (ValueError, OverflowError):  # lists of several lengths, numbers of no size that there is
         numbers = None
     if numbers is None or numbers.ndim != 1 or numbers.dtype.kind not in "iu":
