@@ -11,6 +11,7 @@ seeded draw (`fail_some`), so that a run of one client is repeatable.
 import contextlib
 import http.client
 import random
+import select
 import socket
 import struct
 import subprocess
@@ -131,15 +132,19 @@ class ObjectStore:
             self.in_flight -= 1
             self.requests.append(request)
 
+    def settle(self) -> None:
+        """Wait until no request is under way, stalled ones included."""
+        deadline = time.monotonic() + self.stall_s + 5
+        while self.in_flight and time.monotonic() < deadline:
+            time.sleep(0.002)
+
     @contextlib.contextmanager
     def recorded(self) -> Iterator[list[Request]]:
         """The requests of a `with` block, complete at its end."""
         found: list[Request] = []
         before = len(self.requests)
         yield found
-        deadline = time.monotonic() + 5
-        while self.in_flight and time.monotonic() < deadline:  # clients go on when they have the last byte
-            time.sleep(0.002)
+        self.settle()  # clients go on when they have the last byte
         found += self.requests[before:]
 
     # -- what is there, past the proxy ------------------------------------------------------------
@@ -219,7 +224,9 @@ class _Proxy(BaseHTTPRequestHandler):
         answer = backend.getresponse()
         data = answer.read()
         backend.close()
-        if fault == "lost reply":
+        if fault == "stall" and not data:
+            self._stall()
+        if fault == "lost reply" or (fault == "stall" and not data):
             self._reset()
             return 0
         self.send_response(answer.status)
@@ -234,10 +241,14 @@ class _Proxy(BaseHTTPRequestHandler):
         self.wfile.write(data)
         if fault == "stall":
             self.wfile.flush()
-            time.sleep(self.store.stall_s)
+            self._stall()
         if fault in ("reset", "stall"):
             self._reset()
         return len(data)
+
+    def _stall(self) -> None:
+        """Stand still, until the client gives up."""
+        select.select([self.connection], [], [], self.store.stall_s)
 
     def _refuse(self, status: Any) -> int:
         code, message = _ERRORS[status]

@@ -34,6 +34,7 @@ def server() -> Iterator[ObjectStore]:
 @pytest.fixture
 def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     server.fail_always(None)
+    server.settle()
     server.stall_s = 10.0
     for name, value in server.environ().items():
         monkeypatch.setenv(name, value)
@@ -157,6 +158,7 @@ def test_a_write_that_fails_leaves_what_was_there(store: ObjectStore, method: st
 
 
 def test_a_writer_that_is_killed_leaves_nothing(store: ObjectStore) -> None:
+    store.stall_s = 3.0
     store.fail_always("stall", method="PUT")  # parts arrive, and no answer comes back
     code = "from nemo_ray import storage; storage.publish_bytes('s3://bucket/killed', bytes(6 << 20))"
     process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | store.environ())

@@ -40,6 +40,7 @@ def server() -> Iterator[ObjectStore]:
 @pytest.fixture
 def store(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     server.fail_always(None)
+    server.settle()
     server.stall_s = 1.5
     for key in server.objects("bucket"):
         server.client().delete_object(Bucket="bucket", Key=key)
