@@ -18,7 +18,7 @@ from typing import Any
 
 from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, Span, Window, WindowList, digest
 from nemo_ray.data.order import EpochOrder, window_order
-from nemo_ray.data.windows import train_blocks
+from nemo_ray.data.windows import blocks_of
 
 ROWS_PER_FILE = 1_000_000
 ROWS_PER_GROUP = 10_000
@@ -32,7 +32,7 @@ STEPS = 20
 def windows_of(num_files: int, source: int, rows_per_window: int) -> Iterator[Window]:
     """The windows of Parquet files of a million rows."""
     for file in range(num_files):
-        for block in train_blocks([[(0, ROWS_PER_FILE)]], rows_per_window):
+        for block in blocks_of([str(file)], [[(0, ROWS_PER_FILE)]], rows_per_window, aligned=True):
             spans = tuple(
                 Span(file, start // ROWS_PER_GROUP, -(-stop // ROWS_PER_GROUP), start, stop - start)
                 for _, start, stop in block

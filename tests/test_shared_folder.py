@@ -36,14 +36,14 @@ def test_a_token_that_shows_late_is_waited_for(tmp_path: Path) -> None:
 def test_a_launch_on_several_nodes_asks_them_first_and_gives_them_the_stores_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nemo_ray.data import pipeline
+    from nemo_ray.data import nodes
 
     given: list[dict[str, str]] = []
     asked: list[dict[str, str]] = []
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
     monkeypatch.setattr(session, "connect", lambda address, environment, variables: given.append(variables))
     monkeypatch.setattr(session, "nodes", lambda: [{"CPU": 4.0}, {"CPU": 4.0}])
-    monkeypatch.setattr(pipeline, "check_shared", asked.append)
+    monkeypatch.setattr(nodes, "check_shared", asked.append)
     config = Config.model_validate(
         {
             "base_model": str(tmp_path),
@@ -66,7 +66,7 @@ def test_two_nodes_without_a_shared_folder_are_told(tmp_path: Path, monkeypatch:
     import ray
     from ray.cluster_utils import Cluster
 
-    from nemo_ray.data.pipeline import check_shared
+    from nemo_ray.data.nodes import check_shared
 
     cluster = Cluster()
     try:

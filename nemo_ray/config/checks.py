@@ -202,9 +202,6 @@ def _unsupported(config: Config) -> Iterator[str]:
         problem = url_problem(value) if is_url(value) else None
         if problem is not None:
             yield f"{key}: {show(redact(value))} {problem}"
-    for key, spec in _specs(config):
-        if spec.name is not None:
-            yield f"{key}.name: {show(spec.name)} {later}, since hub datasets are not downloaded; remove it"
 
 
 def _specs(config: Config) -> Iterator[tuple[str, DatasetSpec]]:

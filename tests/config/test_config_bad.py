@@ -191,7 +191,6 @@ UNSUPPORTED: list[tuple[Keys, str]] = [
     ),
     ({"output_dir": "s3://bucket/run"}, "output_dir: s3://bucket/run"),
     ({"ray": {"storage_path": "s3://b/p"}}, "ray.storage_path: s3://b/p"),
-    ({"datasets": [{"path": "hf://datasets/a/b"}]}, "datasets.0.path: hf://datasets/a/b"),
 ]
 
 
@@ -337,3 +336,13 @@ def test_experts_only_is_said(world: Keys) -> None:
     (line,) = load(world | experts).notices
     assert line.startswith("lora_target_parameters: ") and "the routed experts only" in line
     assert load(world | experts | {"lora_target_linear": True}).notices == ()
+
+
+def test_weights_are_for_all_datasets_or_for_none(world: Keys) -> None:
+    entry = world["datasets"][0]
+    (line,) = errors_of(world | {"datasets": [entry | {"weight": 2}, entry]})
+    assert (
+        line == "datasets.1.weight: missing, but other datasets have one; give it to all of them or to none"
+    )
+    (line,) = errors_of(world | {"test_datasets": [entry | {"weight": 2}]})
+    assert line.startswith("test_datasets.weight: 2.0 means nothing in evaluation")

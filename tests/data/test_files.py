@@ -331,9 +331,8 @@ def test_shards_are_runs_of_consecutive_rows_that_share_all(base: Path, tmp_path
 
 def test_a_weight_is_part_of_the_plan_and_not_of_the_shards(base: Path, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "rows.jsonl", chats(50))
-    plain, double = (plan(section(path, dataset={"weight": w}), base, tmp_path) for w in (1.0, 2.5))
-    tokens = 50 * plain.sources[0].tokens_per_row
-    assert (plain.sources[0].weight, double.sources[0].weight) == (None, 2.5 * tokens)
+    plain, double = (plan(section(path, dataset={"weight": w}), base, tmp_path) for w in (None, 2.5))
+    assert (plain.sources[0].weight, double.sources[0].weight) == (None, 2.5)
     assert plain.windows == double.windows
     assert DataPlan.from_json(json.loads(json.dumps(double.to_json()))) == double
 
