@@ -104,7 +104,7 @@ class Contest:
             plan,
             config.data,
             config.base_model,
-            progress=lambda ready, windows: first.append(time.perf_counter() - began),
+            progress=lambda so_far: first.append(time.perf_counter() - began),
         )
         spent = time.perf_counter() - began
         self.first_window_s.append(first[0])

@@ -12,15 +12,16 @@ import os
 import pickle
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.data
 
 from nemo_ray.config.schema import DataSection
-from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.manifest import DataPlan, WindowList
 from nemo_ray.data.prepare import WindowTask, prepare_window, window_task
 from nemo_ray.data.review import Progress, Review, missing_windows, not_writable, require_writable, survey
 from nemo_ray.data.shards import DamagedShardError, ShardStats, read_stats
@@ -60,13 +61,14 @@ def prepare(
             require_writable(plan)
         review = Review(plan, data.max_rejected_share, listing=listing, progress=progress)
         review.add_existing(found)
-        held_out = {window.key for window in plan.eval_windows}
-        tasks = [
-            window_task(plan, window, data, base_model, held_out=window.key in held_out) for window in missing
-        ]
-        by_path = {task.path: window for task, window in zip(tasks, missing, strict=True)}
-        for path, stats in _run(tasks, num_cpus):
-            review.add(by_path[path], stats)
+        job = _Job(
+            plan=replace(plan, windows=WindowList(missing), eval_windows=WindowList()),
+            held_out=frozenset(window.key for window in plan.eval_windows),
+            data=data,
+            base_model=base_model,
+        )
+        for index, stats in _run(job, num_cpus):
+            review.add(missing[index], stats)
             if stop.is_set():
                 return
         review.finish()
@@ -88,9 +90,25 @@ def prepare(
 # -- Ray Data -------------------------------------------------------------------------------------
 
 
-def _run(tasks: Sequence[WindowTask], num_cpus: float) -> Iterator[tuple[str, ShardStats]]:
-    """Run the tasks on the cluster, and yield (path, statistics) as shards are published."""
-    if not tasks:
+class _Job(NamedTuple):
+    """What all tasks share; `plan.windows` are those to prepare."""
+
+    plan: DataPlan
+    held_out: frozenset[str]
+    data: DataSection
+    base_model: str
+
+    def task(self, index: int) -> WindowTask:
+        """The task of one window."""
+        window = self.plan.windows[index]
+        held_out = window.key in self.held_out
+        return window_task(self.plan, window, self.data, self.base_model, held_out=held_out)
+
+
+def _run(job: _Job, num_cpus: float) -> Iterator[tuple[int, ShardStats]]:
+    """Run the tasks on the cluster, and yield (index, statistics) as shards are published."""
+    count = len(job.plan.windows)
+    if not count:
         return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -98,28 +116,40 @@ def _run(tasks: Sequence[WindowTask], num_cpus: float) -> Iterator[tuple[str, Sh
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # Ray 2.60 warns that its bars are off, which is what was asked for.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    items = [{"task": pickle.dumps(task)} for task in tasks]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(_prepare_row, num_cpus=num_cpus)
-    for row in dataset.iter_rows():
+    # A number a task: from_items would put every task into the object store first, a millisecond each.
+    numbers = ray.data.range(count, override_num_blocks=count)
+    shared = ray.put(job)
+
+    def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
+        # tokenizers reads this at each call: its threads would fight with the other tasks for their CPUs.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        return {"id": row["id"], **prepare_task(_fetch(shared).task(row["id"]))}
+
+    for row in numbers.map(prepare_row, num_cpus=num_cpus).iter_rows():
         if row["error"]:
             raise pickle.loads(row["error"])
         stats = json.loads(row["stats"])
         stats["rejected_rows"] = tuple(tuple(entry) for entry in stats["rejected_rows"])
-        yield row["path"], ShardStats(**stats)
+        yield row["id"], ShardStats(**stats)
 
 
-def _prepare_row(row: dict[str, Any]) -> dict[str, Any]:
-    """The body of a Ray Data task. Errors for the user travel as values: Ray would wrap them in its own."""
-    # tokenizers reads this at each call: its threads would fight with the other tasks for their CPUs.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    task = pickle.loads(row["task"])
+@lru_cache(maxsize=1)
+def _fetch(job: "ray.ObjectRef[_Job]") -> _Job:
+    """The job, once a process."""
+    found: _Job = ray.get(job)
+    return found
+
+
+def prepare_task(task: WindowTask) -> dict[str, Any]:
+    """Prepare a window, unless another run has done it. Errors for the user travel as values: Ray would wrap
+    them in its own."""
     try:
         stats = _made_meanwhile(task.path) or prepare_window(task)
     except NemoRayError as error:
-        return {"path": task.path, "stats": "", "error": pickle.dumps(error)}
+        return {"stats": "", "error": pickle.dumps(error)}
     except OSError as error:  # what fails to be read is told of by prepare_window
-        return {"path": task.path, "stats": "", "error": pickle.dumps(not_writable(task.path, error))}
-    return {"path": task.path, "stats": json.dumps(asdict(stats)), "error": b""}
+        return {"stats": "", "error": pickle.dumps(not_writable(task.path, error))}
+    return {"stats": json.dumps(asdict(stats)), "error": b""}
 
 
 def _made_meanwhile(path: str) -> ShardStats | None:

@@ -151,7 +151,7 @@ def test_a_prepared_folder_that_cannot_be_written_can_be_used(
 
 
 def test_a_full_disk_is_told_by_the_task(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_ray.data.pipeline import _prepare_row
+    from nemo_ray.data.pipeline import prepare_task
 
     data = section(write_lines(tmp_path / "rows.jsonl", chats(40)))
     plan = plan_data(data, str(base), str(tmp_path / "prepared"))
@@ -161,7 +161,7 @@ def test_a_full_disk_is_told_by_the_task(base: Path, tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(shards, "publish_bytes", full)
-    error = pickle.loads(_prepare_row({"task": pickle.dumps(task)})["error"])
+    error = pickle.loads(prepare_task(task)["error"])
     assert isinstance(error, DataError)
     assert re.fullmatch("dataset_prepared_path: .*arrow cannot be written: No space left on .*", str(error))
 

@@ -1,7 +1,6 @@
 """Shards in an object store: written there, read through the node's cache, waited for; two runs at once."""
 
 import multiprocessing
-import pickle
 import tempfile
 import threading
 import time
@@ -105,16 +104,16 @@ def test_a_resumed_reader_goes_on_where_it_was(base: Path, store: ObjectStore, d
 def test_a_task_leaves_what_another_run_has_made_meanwhile(
     base: Path, tmp_path: Path, store: ObjectStore, data: DataSection
 ) -> None:
-    from nemo_ray.data.pipeline import _prepare_row  # imports Ray
+    from nemo_ray.data.pipeline import prepare_task  # imports Ray
 
     for directory in (str(tmp_path / "here"), PREPARED):
         plan = plan_data(data, str(base), directory)
         task = window_task(plan, plan.windows[0], data, str(base), held_out=False)
-        first = _prepare_row({"task": pickle.dumps(task)})
+        first = prepare_task(task)
         (tmp_path / "rows.jsonl").rename(tmp_path / "away")  # nothing could be prepared now
-        assert _prepare_row({"task": pickle.dumps(task)}) == first and not first["error"]
+        assert prepare_task(task) == first and not first["error"]
         remove(task.path)
-        assert _prepare_row({"task": pickle.dumps(task)})["error"]
+        assert prepare_task(task)["error"]
         (tmp_path / "away").rename(tmp_path / "rows.jsonl")
 
 
