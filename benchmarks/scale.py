@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, Span, Window, WindowList, digest
+from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, digest
 from nemo_ray.data.order import EpochOrder, window_order
+from nemo_ray.data.window_list import Span, Window, WindowList
 from nemo_ray.data.windows import blocks_of
 
 ROWS_PER_FILE = 1_000_000

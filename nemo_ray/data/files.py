@@ -12,8 +12,9 @@ from typing import Any
 
 from nemo_ray.data.index import BLANK_LINE, RUN_ROWS, FileIndex, facts_of, whole_identity
 from nemo_ray.data.lines import LINE_FORMATS, read_lines, scan_lines
-from nemo_ray.data.manifest import FileFormat, Span
+from nemo_ray.data.manifest import FileFormat
 from nemo_ray.data.tables import TABLE_FORMATS, read_table, scan_table
+from nemo_ray.data.window_list import Span
 from nemo_ray.errors import ConfigError, DataError
 from nemo_ray.hub_datasets import local_path
 from nemo_ray.storage import is_url, open_input

@@ -6,7 +6,8 @@ Owns the common form and the identity of files. The formats are in lines.py, tab
 import hashlib
 from typing import Protocol
 
-from nemo_ray.data.manifest import Span, digest
+from nemo_ray.data.manifest import digest
+from nemo_ray.data.window_list import Span
 from nemo_ray.errors import ConfigError, DataError
 from nemo_ray.storage import FileFacts, file_facts, is_url, open_input
 

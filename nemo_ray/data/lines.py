@@ -22,8 +22,9 @@ import numpy.typing as npt
 
 from nemo_ray.data.csv_rows import DELIMITERS, csv_rows, header_of, parse_csv
 from nemo_ray.data.index import BLANK_LINE, RUN_ROWS, changed
-from nemo_ray.data.manifest import FileFormat, Span, digest
+from nemo_ray.data.manifest import FileFormat, digest
 from nemo_ray.data.template import RowError
+from nemo_ray.data.window_list import Span
 from nemo_ray.storage import FileFacts, open_input
 
 LINE_FORMATS: tuple[FileFormat, ...] = ("jsonl", "text", "csv", "tsv")

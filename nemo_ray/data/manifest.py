@@ -12,9 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nemo_ray.data.window_list import Span as Span
-from nemo_ray.data.window_list import Window as Window
-from nemo_ray.data.window_list import WindowList as WindowList
+from nemo_ray.data.window_list import Window, WindowList
 from nemo_ray.storage import join
 
 FORMAT_VERSION = 2

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.mixing import passes
 from nemo_ray.data.order import EpochOrder
 from nemo_ray.data.statistics import existing_stats
+from nemo_ray.data.window_list import Window
 
 SLICES = 20
 _MOST_DRAWS = 100_000

@@ -21,10 +21,11 @@ import ray
 import ray.data
 
 from nemo_ray.config.schema import DataSection
-from nemo_ray.data.manifest import DataPlan, WindowList
+from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.prepare import WindowTask, prepare_window, window_task
 from nemo_ray.data.review import Progress, Review, missing_windows, not_writable, require_writable, survey
 from nemo_ray.data.shards import DamagedShardError, ShardStats, read_stats
+from nemo_ray.data.window_list import WindowList
 from nemo_ray.errors import DataError, NemoRayError
 from nemo_ray.failures import one_line
 from nemo_ray.storage import publish_json, remove, remove_partials

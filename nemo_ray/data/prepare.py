@@ -18,11 +18,12 @@ from nemo_ray.data.files import read_span
 from nemo_ray.data.formats import format_of
 from nemo_ray.data.formats.base import resolve
 from nemo_ray.data.histograms import shard_histograms
-from nemo_ray.data.manifest import DataPlan, FileFormat, Span, Window
+from nemo_ray.data.manifest import DataPlan, FileFormat
 from nemo_ray.data.packing import pack
 from nemo_ray.data.shards import ShardStats, write_shard
 from nemo_ray.data.template import RowError
 from nemo_ray.data.tokenizer import TokenizerSpec, load_tokenizer
+from nemo_ray.data.window_list import Span, Window
 
 LISTED_REJECTIONS = 1000
 """Rejected rows that a shard lists; all are counted."""

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.order import OPEN_WINDOWS, EpochOrder
 from nemo_ray.data.packing import Int64, Pack, filler_pack
 from nemo_ray.data.shard_cache import open_shard
 from nemo_ray.data.shards import DamagedShardError, Shard, read_stats
 from nemo_ray.data.waiting import ShardWait
+from nemo_ray.data.window_list import Window
 from nemo_ray.errors import DataError
 from nemo_ray.storage import remove
 from nemo_ray.urls import is_url

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ray.data.files import BLANK_LINE
-from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.shards import ShardStats
 from nemo_ray.data.statistics import Totals, existing_stats
+from nemo_ray.data.window_list import Window
 from nemo_ray.errors import DataError
 from nemo_ray.storage import publish_bytes, remove
 from nemo_ray.urls import is_url

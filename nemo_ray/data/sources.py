@@ -26,16 +26,7 @@ from nemo_ray.data.formats.base import resolve
 from nemo_ray.data.formats.fields import check_columns, check_fields
 from nemo_ray.data.formats.notices import notices_of
 from nemo_ray.data.held_out import choose_fraction, choose_rows
-from nemo_ray.data.manifest import (
-    FORMAT_VERSION,
-    DataPlan,
-    FileInfo,
-    SourceInfo,
-    Span,
-    Window,
-    WindowList,
-    digest,
-)
+from nemo_ray.data.manifest import FORMAT_VERSION, DataPlan, FileInfo, SourceInfo, digest
 from nemo_ray.data.mixing import describe_mix
 from nemo_ray.data.opening import open_files, unpacked_notices
 from nemo_ray.data.prepare import dataset_specs, encode_rows, fit, row_columns
@@ -43,6 +34,7 @@ from nemo_ray.data.splits import parse_split, taken_rows
 from nemo_ray.data.tables import TableIndex
 from nemo_ray.data.template import RowError
 from nemo_ray.data.tokenizer import LoadedTokenizer, TokenizerSpec, load_tokenizer
+from nemo_ray.data.window_list import Span, Window, WindowList
 from nemo_ray.data.window_size import kept_window_size
 from nemo_ray.data.windows import Block, Ranges, blocks_of, count_rows, without
 from nemo_ray.errors import ConfigError, DataError

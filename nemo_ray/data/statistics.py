@@ -8,8 +8,9 @@ from typing import Any
 from nemo_ray.data import histograms
 from nemo_ray.data.files import BLANK_LINE
 from nemo_ray.data.histograms import Histograms
-from nemo_ray.data.manifest import DataPlan, Window, WindowList, shard_name
+from nemo_ray.data.manifest import DataPlan, shard_name
 from nemo_ray.data.shards import DamagedShardError, ShardStats, read_stats
+from nemo_ray.data.window_list import Window, WindowList
 from nemo_ray.storage import list_names
 from nemo_ray.urls import is_url
 from nemo_ray.visible import visible

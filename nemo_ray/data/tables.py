@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nemo_ray.data.index import changed, is_read_error
-from nemo_ray.data.manifest import FileFormat, Span
+from nemo_ray.data.manifest import FileFormat
+from nemo_ray.data.window_list import Span
 from nemo_ray.errors import DataError
 from nemo_ray.storage import is_url, open_input
 

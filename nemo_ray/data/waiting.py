@@ -2,7 +2,8 @@
 
 import time
 
-from nemo_ray.data.manifest import DataPlan, Window, shard_name
+from nemo_ray.data.manifest import DataPlan, shard_name
+from nemo_ray.data.window_list import Window
 from nemo_ray.errors import DataError
 from nemo_ray.storage import exists, list_names, read_json
 from nemo_ray.urls import is_url

@@ -9,9 +9,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from nemo_ray.config.schema import DataSection
-from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.prepare import prepare_window, window_task
 from nemo_ray.data.shards import ShardStats
+from nemo_ray.data.window_list import Window
 
 MARKED = """\
 {%- for message in messages -%}

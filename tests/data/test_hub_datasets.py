@@ -23,8 +23,9 @@ import yaml
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config
 from nemo_ray.data.card import files_by_split
-from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, WindowList
+from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo
 from nemo_ray.data.shards import read_stats
+from nemo_ray.data.window_list import WindowList
 from nemo_ray.errors import ConfigError
 from nemo_ray.hub import variables_to_pass_on
 from nemo_ray.run_dir import RunDir

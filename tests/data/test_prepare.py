@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nemo_ray.data import sources
-from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.packing import IGNORED
 from nemo_ray.data.prepare import encode_rows, prepare_window, window_task
 from nemo_ray.data.shards import Shard, read_stats
@@ -12,6 +12,7 @@ from nemo_ray.data.sources import plan_data
 from nemo_ray.data.statistics import data_statistics, describe
 from nemo_ray.data.template import RowError
 from nemo_ray.data.tokenizer import TokenizerSpec
+from nemo_ray.data.window_list import Window
 from nemo_ray.errors import DataError
 from tests.data.helpers import chat, chats, prepare_all, section, write_lines
 

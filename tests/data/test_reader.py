@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nemo_ray.data.encode import Sample
-from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, Span, Window, WindowList
+from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo
 from nemo_ray.data.order import EpochOrder, window_order
 from nemo_ray.data.packing import Pack
 from nemo_ray.data.reader import EvalReader, PackReader, StepPacks
 from nemo_ray.data.shards import ShardStats, write_shard
+from nemo_ray.data.window_list import Span, Window, WindowList
 from nemo_ray.errors import DataError
 from nemo_ray.storage import publish_json
 

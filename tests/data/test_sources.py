@@ -12,8 +12,9 @@ from nemo_ray.config.schema import DataSection
 from nemo_ray.data import sources
 from nemo_ray.data.files import read_span, scan, sniff_json
 from nemo_ray.data.held_out import choose_fraction, choose_rows
-from nemo_ray.data.manifest import DataPlan, FileFormat, Window
+from nemo_ray.data.manifest import DataPlan, FileFormat
 from nemo_ray.data.sources import plan_data
+from nemo_ray.data.window_list import Window
 from nemo_ray.errors import ConfigError, DataError
 from tests.data.helpers import chats, section, write_lines
 

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from nemo_ray.config.load import load_config
-from nemo_ray.data.manifest import DataPlan, Window
+from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.window_list import Window
 from nemo_ray.train.launch import Launch, Parts
 
 NUM_STEPS = 100_000

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from nemo_ray.config.schema import TrainSection
-from nemo_ray.data.manifest import DataPlan, SourceInfo, Window
+from nemo_ray.data.manifest import DataPlan, SourceInfo
+from nemo_ray.data.window_list import Window
 from nemo_ray.errors import ConfigError, DataError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train import outputs, summary

@@ -15,7 +15,8 @@ import pytest
 from nemo_ray import failures, session
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config, RaySection
-from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, Span, Window, WindowList
+from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo
+from nemo_ray.data.window_list import Span, Window, WindowList
 from nemo_ray.errors import ClusterError, ConfigError, DataError, PatchError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train import outputs, resources, summary
