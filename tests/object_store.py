@@ -142,9 +142,10 @@ class ObjectStore:
     def recorded(self) -> Iterator[list[Request]]:
         """The requests of a `with` block, complete at its end."""
         found: list[Request] = []
+        self.settle()  # clients go on when they have the last byte, before the server is done
         before = len(self.requests)
         yield found
-        self.settle()  # clients go on when they have the last byte
+        self.settle()
         found += self.requests[before:]
 
     # -- what is there, past the proxy ------------------------------------------------------------
