@@ -204,7 +204,9 @@ def test_the_card_says_which_files_a_configuration_has(hub: HubServer, base: Pat
 def test_a_node_without_a_copy_fetches_its_file(hub: HubServer, base: Path, tmp_path: Path) -> None:
     """A data task elsewhere has the reference only."""
     reference = planned(hub, base, tmp_path)[0]["files"][1]
-    read = "import sys; from nemo_ray.data.files import read_span; from nemo_ray.data.manifest import Span; "
+    read = (
+        "import sys; from nemo_ray.data.files import read_span; from nemo_ray.data.window_list import Span; "
+    )
     read += "print(len(read_span(sys.argv[1], 'parquet', Span(0, 0, 1, 0, 25), ['messages'])))"
     hub.requests.clear()
     done = command(hub, base, tmp_path, "-c", read, reference, HF_HOME=str(tmp_path / "other"))
