@@ -143,7 +143,8 @@ def keep_dataset_commits(config: Config, start: Start) -> Config:
         entries = [(entry["path"], entry.get("revision")) for entry in began.get(key, ())]
         if entries != [(spec.path, spec.revision) for spec in specs]:
             return config
-        commits = [commit_of(source.files[0].path) for source, _ in zip(sources, specs, strict=False)]
+        # The specs first: zip takes one from its first argument before it sees that the second is at its end.
+        commits = [commit_of(source.files[0].path) for _, source in zip(specs, sources, strict=False)]
         kept[key] = tuple(
             spec if commit is None else spec.model_copy(update={"revision": commit})
             for spec, commit in zip(specs, commits, strict=True)

@@ -239,14 +239,14 @@ def test_the_command_prepares_all_kinds_of_sources(hub: HubServer, base: Path, t
     datasets = [
         {},
         {"path": "rows.csv", "type": "completion"},
-        {"path": "rows.jsonl.*", "weight": 2.0},
+        {"path": "rows.jsonl.*"},
         {"path": "rows.txt", "type": "completion", "shards": 3},
     ]
     done = command(hub, base, tmp_path, *arguments, datasets=datasets, RAY_AUTH_MODE="disabled")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "downloading owner/chats" in done.stdout
     assert "note: datasets[2]: 1 compressed file cannot be read in parts" in done.stdout
-    shards = [read_stats(path) for path in (tmp_path / "out" / "prepared").glob("*.arrow")]
+    shards = [read_stats(str(path)) for path in (tmp_path / "out" / "prepared").glob("*.arrow")]
     assert sum(stats.documents + stats.dropped for stats in shards) == 50 + 30 + 60 + 7
     assert not any(stats.rejected for stats in shards)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nemo_ray.config.load import load_config
 from nemo_ray.data.manifest import DataPlan
-from nemo_ray.data.window_list import Window
+from nemo_ray.data.window_list import Window, WindowList
 from nemo_ray.train.launch import Launch, Parts
 
 NUM_STEPS = 100_000
@@ -51,7 +51,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 class StubPlan(DataPlan):
-    def estimated_tokens(self, window):
+    def estimated_tokens(self, windows):
         return 100.0
 
 
@@ -116,8 +116,8 @@ def main() -> int:
     loaded = load_config(str(config), [f"output_dir={output_dir}", *sys.argv[3:]])
 
     def plan(data, base_model, directory):
-        window = Window(0, (), 1, "key")
-        return StubPlan(directory, "f00d", data.sequence_len, (window,), (), (), (), 0)
+        windows = WindowList([Window(0, (), 1, "key")])
+        return StubPlan(directory, "f00d", data.sequence_len, windows, WindowList(), (), (), 0)
 
     return Launch(loaded, Parts(plan=plan, prepare=prepare, worker=worker)).run()
 

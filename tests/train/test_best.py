@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.manifest import DataPlan, SourceInfo
-from nemo_ray.data.window_list import Window
+from nemo_ray.data.window_list import Window, WindowList
 from nemo_ray.errors import ConfigError, DataError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train import outputs, summary
@@ -102,8 +102,8 @@ def test_the_best_and_the_newest_checkpoint_stay(steps: list[int], keep: int, da
 
 def plan_of(*names: str) -> DataPlan:
     sources = tuple(SourceInfo(name, "completion", (), 1, 1, 1, 1.0, True) for name in names)
-    windows = tuple(Window(index, (), 1, str(index)) for index in range(len(names)))
-    return DataPlan("", "f00d", 8, (), windows, sources, (), 0)
+    windows = WindowList(Window(index, (), 1, str(index)) for index in range(len(names)))
+    return DataPlan("", "f00d", 8, WindowList(), windows, sources, (), 0)
 
 
 def test_names_of_datasets_are_short_unique_and_stable() -> None:
