@@ -35,6 +35,7 @@ class Interrupts:
     def __init__(self) -> None:
         self._count = 0
         self._deferred = False
+        self._ender: threading.Thread | None = None
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
 
     def __enter__(self) -> "Interrupts":
@@ -57,6 +58,16 @@ class Interrupts:
         if self._count:
             raise KeyboardInterrupt
 
+    def end_ray(self, within_s: float | None = None) -> None:
+        """End Ray, in a thread of its own: a second signal that comes meanwhile does not cut it short.
+
+        Waits for it, `within_s` at most.
+        """
+        if self._ender is None:
+            self._ender = threading.Thread(target=session.shutdown, name="end of Ray", daemon=True)
+            self._ender.start()
+        self._ender.join(within_s)
+
     def _install(self) -> None:
         for number in _SIGNALS:
             signal.signal(number, self._handle)
@@ -64,21 +75,18 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         if self._count > 1:
-            _end_at_once()
+            self._end_at_once()
         if not self._deferred:
             raise KeyboardInterrupt
 
-
-def _end_at_once() -> None:
-    """Leave the process now. Ray's own reaper ends what may still run of it then."""
-    os.write(2, b"stopped at once\n")
-    if "ray" in sys.modules:
-        ender = threading.Thread(target=session.shutdown, daemon=True)
-        ender.start()
-        ender.join(_END_WITHIN_S)
-    if sys.stdout.isatty():
-        os.write(1, b"\x1b[?25h")  # a live line hides the cursor
-    os._exit(INTERRUPTED)
+    def _end_at_once(self) -> None:
+        """Leave the process now. Ray's own reaper ends what may still run of it then."""
+        os.write(2, b"stopped at once\n")
+        if "ray" in sys.modules:
+            self.end_ray(_END_WITHIN_S)
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h")  # a live line hides the cursor
+        os._exit(INTERRUPTED)
 
 
 def prepare_missing(
@@ -163,7 +171,7 @@ def _ray(config: Config, directory: str, interrupts: Interrupts) -> Iterator[Non
                 check_shared({"dataset_prepared_path": directory})
         yield
     finally:
-        session.shutdown()
+        interrupts.end_ray()
         environment.restore()
 
 
