@@ -10,8 +10,8 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile("repeatable")
 
-# Tests send Ctrl-C to processes that they start. In the background of a shell it is ignored, and a process that
-# is started inherits that.
+# Tests send Ctrl-C to processes that they start. In the background of a shell it is ignored, and whatever is
+# started there inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
