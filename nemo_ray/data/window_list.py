@@ -1,7 +1,7 @@
 """Windows, and many of them in little memory: columns of numbers, from which a window is made when asked for.
 
 Ten billion short rows are half a million windows, and every worker holds the list: as objects it would take
-300 MB of each, as columns 40.
+300 MB of each, as columns 60.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
