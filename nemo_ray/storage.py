@@ -5,8 +5,6 @@ store is spoken to is object_store.py's. Errors of a store are StorageError, whi
 """
 
 import contextlib
-import fnmatch
-import glob
 import io
 import json
 import os
@@ -30,7 +28,6 @@ _ONE_REQUEST_BYTES = 4 << 20
 """Smaller objects are written by one request, larger ones in parts."""
 
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{12}\.partial")
-_WILDCARD = re.compile(r"[*?[]")
 
 
 class FileFacts(NamedTuple):
@@ -201,36 +198,6 @@ def _list(folder: str, recursive: bool) -> list[str]:
     location = parse(folder)
     start = folder[: len(folder) - len(location.key)].rstrip("/")
     return [f"{start}/{path[len(location.container) + 1 :]}" for path in found]
-
-
-def has_wildcard(path: str) -> bool:
-    """Whether a path is a pattern: it has *, ? or [."""
-    return _WILDCARD.search(path) is not None
-
-
-def glob_files(pattern: str) -> list[str]:
-    """Files (paths or URLs) that match, sorted. As in a shell `*` stays within a folder, `**` does not, and
-    neither matches hidden names. Raises OSError."""
-    if not is_url(pattern):
-        return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-    wildcard = _WILDCARD.search(pattern)
-    if wildcard is None:
-        return [pattern] if exists(pattern) else []
-    folder = pattern[: wildcard.start()].rpartition("/")[0]
-    patterns = pattern[len(folder) + 1 :].split("/")
-    return [path for path in list_files(folder) if _matches(path[len(folder) + 1 :].split("/"), patterns)]
-
-
-def _matches(names: list[str], patterns: list[str]) -> bool:
-    """Whether a path's names match a pattern's."""
-    if not names or not patterns:
-        return not names and not patterns
-    if patterns[0] != "**":
-        hidden = names[0].startswith(".") and not patterns[0].startswith(".")
-        return not hidden and fnmatch.fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:])
-    if len(patterns) == 1:
-        return not any(name.startswith(".") for name in names)
-    return _matches(names, patterns[1:]) or (not names[0].startswith(".") and _matches(names[1:], patterns))
 
 
 # -- writing --------------------------------------------------------------------------------------

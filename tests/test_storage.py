@@ -9,11 +9,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from nemo_ray import object_store, storage, urls
 from nemo_ray.errors import StorageError
@@ -278,46 +275,6 @@ def test_urls_of_the_three_stores_have_the_same_parts(monkeypatch: pytest.Monkey
         "AWS_SECRET_ACCESS_KEY",
     }
     assert urls.variables_to_pass_on([], environ) == {}
-
-
-# -- names ----------------------------------------------------------------------------------------
-
-NAMES = st.sampled_from(["a", "b1", "b2", "c.jsonl", "d.json", ".e"])
-PARTS = st.sampled_from(["a", "*", "**", "b?", "b[12]", "*.json*", "?.json", ".*", "c.jsonl"])
-
-
-@given(
-    files=st.lists(st.lists(NAMES, min_size=1, max_size=3), min_size=1, max_size=8),
-    pattern=st.lists(PARTS, min_size=1, max_size=3),
-)
-def test_patterns_match_as_on_a_file_system(
-    files: list[list[str]], pattern: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("glob")
-    for names in files:
-        path = folder.joinpath(*names)
-        if not any(parent.is_file() for parent in path.parents) and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-    here = [Path(path).relative_to(folder).parts for path in storage.list_files(str(folder))]
-    matching = {names for names in here if storage._matches(list(names), pattern)}
-    found = storage.glob_files(str(folder.joinpath(*pattern)))
-    assert matching == {Path(path).relative_to(folder).parts for path in found}
-
-
-def test_patterns_of_urls(store: ObjectStore) -> None:
-    for key in ("data/train-0.jsonl", "data/train-1.jsonl", "data/deep/train-2.jsonl", "data/test.jsonl"):
-        store.put("bucket", key, b"{}")
-    assert storage.glob_files("s3://bucket/data/train-*.jsonl") == [
-        "s3://bucket/data/train-0.jsonl",
-        "s3://bucket/data/train-1.jsonl",
-    ]
-    assert len(storage.glob_files("s3://bucket/data/**/*.jsonl")) == 4
-    assert storage.glob_files("s3://bucket/data/test.jsonl") == ["s3://bucket/data/test.jsonl"]
-    assert storage.glob_files("s3://bucket/data/none-*.jsonl") == []
-    with store.recorded() as requests:
-        storage.glob_files("s3://bucket/data/deep/*")
-    assert requests and all("prefix=data/deep/" in unquote(request.path) for request in requests)
 
 
 def test_what_killed_writers_left_is_removed_when_it_is_old(tmp_path: Path) -> None:

@@ -270,7 +270,8 @@ def test_a_truncated_compressed_file_is_refused(base: Path, tmp_path: Path) -> N
 
 
 def test_what_datasets_saves_is_read_in_its_order(base: Path, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     train, test = chats(120), chats(30, seed=1)
     splits = {"train": datasets.Dataset.from_list(train), "test": datasets.Dataset.from_list(test)}
     splits["train"].save_to_disk(str(tmp_path / "alone"), num_shards=12)

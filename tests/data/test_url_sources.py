@@ -13,8 +13,7 @@ from nemo_ray.data.sources import plan_data
 from nemo_ray.errors import ConfigError, DataError
 from tests.data.helpers import chats, section
 from tests.data.test_files import as_arrow, as_lines, as_parquet, plan
-
-object_store = pytest.importorskip("tests.object_store")
+from tests.object_store import ObjectStore
 
 ROWS = chats(120)
 FILES = {
@@ -28,8 +27,8 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Any]:
-    with object_store.ObjectStore() as store:
+def server() -> Iterator[ObjectStore]:
+    with ObjectStore() as store:
         store.create_bucket("bucket")
         with pytest.MonkeyPatch().context() as patch:
             for name, value in store.environ().items():

@@ -227,7 +227,6 @@ def test_event_files_hold_all_rows_before_a_checkpoint_is_there(runs: Runs) -> N
 
 
 def test_wandb_offline(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", "hunter2" * 6)
     run = killed_and_resumed(runs, "wandb", wandb_project="nemotron")
@@ -243,7 +242,8 @@ def test_wandb_offline(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mlflow(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = f"file://{tmp_path}/store"
     keys = {"mlflow_tracking_uri": uri, "mlflow_experiment_name": "nemotron", "mlflow_run_name": "mine"}
@@ -259,7 +259,6 @@ def test_mlflow(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_server_that_is_not_there_costs_one_line(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     keys = {"mlflow_tracking_uri": "http://me:hunter2@127.0.0.1:9", "use_mlflow": True}
     run = runs.run("unreachable", **keys)
