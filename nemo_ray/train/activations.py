@@ -53,12 +53,7 @@ def keep_what_fits(
     peak = torch.cuda.max_memory_allocated(device)
     free, _ = torch.cuda.mem_get_info(device)
     room = free + torch.cuda.memory_reserved(device) - peak - SPARE_BYTES
-    costs = {}
-    for kind in set(kinds):
-        block = model.model.layers[kinds.index(kind)]
-        block.recompute = False
-        costs[kind] = _bytes_held(device, forward) - at_rest
-        block.recompute = True
+    costs = measure_costs(model, lambda: _bytes_held(device, forward) - at_rest)
     chosen = choose_kept(costs, kinds, room)
     counts = torch.tensor([chosen.get(kind, 0) for kind in KINDS])
     dist.all_reduce(counts, op=dist.ReduceOp.MIN)
@@ -69,6 +64,22 @@ def keep_what_fits(
         left[kind] -= left[kind] > 0
     torch.cuda.empty_cache()
     return kept
+
+
+def measure_costs(model: nn.Module, held: Callable[[], int]) -> dict[str, int]:
+    """Bytes that a block of each kind keeps where it is not made again; all blocks of `model` are, before and
+    after.
+
+    Args:
+        held: what a forward pass leaves beyond the least.
+    """
+    costs = {}
+    # The last of each kind: one before all adapters has no backward pass and keeps nothing.
+    for kind, block in {block.block_type: block for block in model.model.layers}.items():
+        block.recompute = False
+        costs[kind] = held()
+        block.recompute = True
+    return costs
 
 
 def _bytes_held(device: torch.device, forward: Callable[[], torch.Tensor]) -> int:

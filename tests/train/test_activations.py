@@ -1,6 +1,10 @@
-"""Which blocks keep their activations: the arithmetic of it. What a block takes is measured on a GPU."""
+"""Which blocks keep their activations: the arithmetic of it, and which of them stand for their kind."""
 
-from nemo_ray.train.activations import choose_kept
+import torch
+
+from nemo_ray.model.batch import PackedBatch
+from nemo_ray.train.activations import choose_kept, measure_costs
+from tests.model.shapes import tiny_model
 
 KINDS = ["linear_attention", "moe"] * 3 + ["full_attention"]
 COSTS = {"linear_attention": 10, "moe": 7, "full_attention": 3}
@@ -21,3 +25,30 @@ def test_what_is_kept_fits():
     for room in range(80):
         kept = choose_kept(COSTS, KINDS, room)
         assert sum(COSTS[kind] * count for kind, count in kept.items()) <= room
+
+
+def test_a_block_before_all_adapters_does_not_stand_for_its_kind():
+    model = tiny_model(adapter={"adapter": "lora", "lora_target_parameters": ("experts.up_proj",)}).train()
+    batch = PackedBatch.from_lengths(torch.zeros((1, 32), dtype=torch.int64), [[32]])
+
+    def held() -> int:
+        """Bytes that autograd saves; recomputed blocks show theirs to nobody."""
+        seen = {}  # by address, which none takes over while all of them live
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model.packed_logits(batch)
+        return sum(storage.nbytes() for storage in seen.values())
+
+    for block in model.model.layers:
+        block.recompute = True
+    least = held()
+    assert [block.block_type for block in model.model.layers].index("linear_attention") == 0
+    costs = measure_costs(model, lambda: held() - least)
+    assert set(costs) == {"linear_attention", "moe", "full_attention", "mlp"}
+    activation = 32 * model.config.hidden_size * 4
+    assert min(costs.values()) >= activation, costs
+    assert all(block.recompute for block in model.model.layers)
