@@ -23,7 +23,7 @@ if "tiny" in sys.argv:
 
 import torch
 
-from nemo_ray.model import activation, experts, kernels, routing
+from nemo_ray.model import activation, experts, kernels, norm, routing
 from nemo_ray.model.linear import grouped_matmul
 from nemo_ray.model.quant import QuantizedWeight
 from nemo_ray.train import loss
@@ -72,6 +72,9 @@ def cases(sizes: Sizes, tokens: int, rank: int, device: torch.device, dtype: tor
     up_bank, up_A = draw(E, I, H).transpose(1, 2), draw(E, rank, H).transpose(1, 2)
     scores = draw(min(tokens, LOSS_TOKENS), sizes.vocabulary)
     targets = torch.randint(0, sizes.vocabulary, scores.shape[:1], generator=generator, device=device)
+    layer = torch.nn.RMSNorm(H, device=device).requires_grad_(False)
+    layer.variance_epsilon = 1e-5
+    stream = draw(tokens, H).requires_grad_()
     up, down, token = slots_per_token * I * width, slots_per_token * H * width, tokens * H * width
     return [
         ("route", lambda: routing.route(logits, bias, K, 1, 1, True, 2.5), logits.nbytes),
@@ -88,6 +91,11 @@ def cases(sizes: Sizes, tokens: int, rank: int, device: torch.device, dtype: tor
             4 * up,
         ),
         ("log_probs, slope", lambda: loss.log_probs_(scores, targets, loss.IGNORED, True), 3 * scores.nbytes),
+        (
+            "rms_norm, both ways",
+            lambda: torch.autograd.grad(norm.residual_norm(stream, layer), stream, (x, x)),
+            6 * token,
+        ),
         ("4-bit bank", lambda: bank.borrow(dtype), int(bank.shape.numel() * (width + 4.127 / 8))),
         # No kernel of ours: what the rest is to be seen against.
         ("grouped matmul, up", lambda: grouped_matmul(rows, up_bank, slots.ends), down + up + up_bank.nbytes),

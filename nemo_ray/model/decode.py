@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from nemo_ray.model.linear import linear
-from nemo_ray.model.patches import rms_norm
+from nemo_ray.model.norm import rms_norm
 from nemo_ray.model.ssd import DtLimit, causal_conv1d, gated_group_norm, select_chunk_scan
 
 PIECE_TOKENS = 2048  # of a prompt at a time: bounds the memory of reading a long one

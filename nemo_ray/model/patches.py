@@ -26,6 +26,7 @@ from nemo_ray.model.attention import packed_attention
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.experts import RoutedExperts
 from nemo_ray.model.linear import BaseLinear, linear
+from nemo_ray.model.norm import residual_norm
 from nemo_ray.model.routing import route
 from nemo_ray.model.ssd import select_split_conv1d_scan
 
@@ -133,7 +134,7 @@ def _patch_block(block: nn.Module) -> None:
     ) -> torch.Tensor:
         if packed is None:
             return original(self, hidden_states, **kwargs)
-        inside = rms_norm(hidden_states, self.norm)
+        residual, inside = residual_norm(hidden_states, self.norm)
         if self.block_type == "linear_attention":
             inside = self.mixer(inside, packed=packed)
         elif self.block_type == "full_attention":
@@ -142,16 +143,9 @@ def _patch_block(block: nn.Module) -> None:
             inside = self.mixer(inside, packed=packed)
         else:  # mlp
             inside = self.mixer(inside)
-        return hidden_states + inside
+        return residual + inside
 
     block.forward = types.MethodType(forward, block)
-
-
-def rms_norm(hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    """What `norm` (a NemotronHRMSNorm) computes, in float32 inside and in hidden's dtype outside."""
-    weight = norm.weight
-    out = F.rms_norm(hidden.to(weight.dtype), weight.shape, weight, norm.variance_epsilon)
-    return out.to(hidden.dtype)
 
 
 def _patch_mamba(mixer: nn.Module, scan: Callable[..., torch.Tensor]) -> None:
@@ -249,7 +243,7 @@ def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:
             )
         else:
             hidden = block(hidden, packed=batch)
-    return rms_norm(hidden, model.model.norm_f)
+    return residual_norm(hidden, model.model.norm_f)[1]
 
 
 def packed_logits(self: nn.Module, batch: PackedBatch) -> torch.Tensor:

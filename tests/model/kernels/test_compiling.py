@@ -10,7 +10,7 @@ COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nemo_ray.model.kernels import grouped_lora, log_probs, nf4, relu_squared, routing
+from nemo_ray.model.kernels import grouped_lora, log_probs, nf4, relu_squared, rms_norm, routing
 
 def check(kernel, warps, types, **constants):
     types = types.split() + ["constexpr"] * (len(kernel.arg_names) - len(types.split()))
@@ -34,6 +34,11 @@ check(nf4._dequantize, 4, "*i32 *u8 *fp32 *fp32 *fp32 *bf16 i32", BLOCK=64, SCAL
 
 check(relu_squared._forward, 4, "*bf16 *bf16 i32", BLOCK=relu_squared.BLOCK)
 check(relu_squared._backward, 4, "*bf16 *bf16 *bf16 i32", BLOCK=relu_squared.BLOCK)
+
+check(rms_norm._forward, 8, "*bf16 *fp32 *bf16 *fp32 fp32", H=24, WIDTH=32)
+check(rms_norm._backward, 8, "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16", HAS_RESIDUAL=True, H=24, WIDTH=32)
+last = dict(grad_residual=None, HAS_RESIDUAL=False)
+check(rms_norm._backward, 8, "*bf16 constexpr *bf16 *fp32 *fp32 *bf16", **last, H=24, WIDTH=32)
 
 sizes = dict(RANK=16, ROWS=grouped_lora.BLOCK_ROWS, COLUMNS=grouped_lora.BLOCK_COLUMNS)
 for factors, gradient, experts in ((True, False, 128), (True, True, 512), (False, True, 128)):
