@@ -87,7 +87,7 @@ def cases(sizes: Sizes, tokens: int, rank: int, device: torch.device, dtype: tor
         ("add_factors, down", lambda: experts.add_factors_(rows, inner, down_B, slots.ends), 2 * down),
         (
             "activation_gradient",
-            lambda: experts.activation_gradient_(grad, hidden, at_sorted, inner, down_A, slots.ends),
+            lambda: experts.activation_gradient_(grad, hidden, at_sorted, inner, down_A, slots.ends, True),
             4 * up,
         ),
         ("log_probs, slope", lambda: loss.log_probs_(scores, targets, loss.IGNORED, True), 3 * scores.nbytes),

@@ -38,15 +38,17 @@ def activation_gradient_reference_(
     inner: torch.Tensor | None,
     factors: torch.Tensor | None,
     ends: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """From the gradient of relu(hidden)^2 before the routing weights to that of `hidden`, in place of `grad`.
 
     Args:
         grad: (S, I), of the base; `inner` (S, R) and `factors` (E, I, R) add the adapter's, or are None.
         hidden: (S, I).
         weights: (S,) float32, by which a slot's output was multiplied.
+        keep: whether relu(hidden)^2 is wanted.
 
-    Returns: relu(hidden)^2 (S, I), and the gradients of `weights` (S,) in float32 or more.
+    Returns: relu(hidden)^2 (S, I) or None, and the gradients of `weights` (S,) in float32 or more.
     """
     if inner is not None and factors is not None:
         add_factors_reference_(grad, inner, factors, ends)
@@ -55,7 +57,7 @@ def activation_gradient_reference_(
     activated = relu.square()
     dots = (activated.to(compute) * grad.to(compute)).sum(-1)
     grad.mul_(relu).mul_(2 * weights.to(grad.dtype).unsqueeze(-1))
-    return activated, dots
+    return activated if keep else None, dots
 
 
 def add_factors_(
@@ -76,13 +78,14 @@ def activation_gradient_(
     inner: torch.Tensor | None,
     factors: torch.Tensor | None,
     ends: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """`activation_gradient_reference_`, by its kernel on a GPU."""
     if kernels.serve(grad):
         from nemo_ray.model.kernels import grouped_lora
 
-        return grouped_lora.activation_gradient_(grad, hidden, weights, inner, factors, ends)
-    return activation_gradient_reference_(grad, hidden, weights, inner, factors, ends)
+        return grouped_lora.activation_gradient_(grad, hidden, weights, inner, factors, ends, keep)
+    return activation_gradient_reference_(grad, hidden, weights, inner, factors, ends, keep)
 
 
 class _Bank:
@@ -169,8 +172,9 @@ class _DownGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weights, weight, lora_A, lora_B, experts: "RoutedExperts", slots: Slots):
         bank = _Bank(experts, "down", hidden.dtype)
-        activated = relu_squared(hidden)
-        inner = bank.inner(activated, slots.ends) if bank.has_lora else None
+        # Without factors only the product needs it, and recomputation takes none.
+        activated = relu_squared(hidden) if bank.has_lora else None
+        inner = None if activated is None else bank.inner(activated, slots.ends)
         ctx.save_for_backward(hidden, weights, weight, lora_A, lora_B, inner)
         ctx.experts, ctx.slots = experts, slots
         ctx.mark_non_differentiable(*(t for t in (activated, inner) if t is not None))
@@ -187,7 +191,10 @@ class _DownGradient(torch.autograd.Function):
         grad_hidden = grouped_matmul(grad_out, whole(bank.weight, grad.dtype), ends)
         grad_inner = bank.inner_gradient(grad_out, ends) if bank.has_lora else None
         factors = bank.A.transpose(-2, -1) if bank.has_lora else None
-        activated, dots = activation_gradient_(grad_hidden, hidden, at_sorted, grad_inner, factors, ends)
+        keep = bank.has_lora or ctx.needs_input_grad[2]
+        activated, dots = activation_gradient_(
+            grad_hidden, hidden, at_sorted, grad_inner, factors, ends, keep
+        )
         grad_weights = dots[slots.back].view_as(weights).to(weights.dtype)
         scale = at_sorted.to(grad.dtype).unsqueeze(-1)
         grad_weight = grad_A = grad_B = None
@@ -239,10 +246,15 @@ class RoutedExperts(nn.Module):
         slots = sort_slots(top_k_index, self.num_experts)
         product, *inputs = _UpGradient.apply(tokens, *self._trained("up"), self, slots)
         hidden = Deferred.apply(product, partial(self._project, "up", *inputs, slots))
-        product, *inputs = _DownGradient.apply(hidden, top_k_weights, *self._trained("down"), self, slots)
-        return Deferred.apply(
-            product, lambda: combine(self._project("down", *inputs, slots), slots.back, top_k_weights)
+        product, activated, inner = _DownGradient.apply(
+            hidden, top_k_weights, *self._trained("down"), self, slots
         )
+
+        def combined() -> torch.Tensor:
+            x = relu_squared(hidden) if activated is None else activated
+            return combine(self._project("down", x, inner, slots), slots.back, top_k_weights)
+
+        return Deferred.apply(product, combined)
 
     def _trained(self, side: str) -> tuple[torch.Tensor | None, ...]:
         weight = getattr(self, f"{side}_proj")

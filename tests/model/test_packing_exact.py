@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import NemotronHForCausalLM
 
+from nemo_ray.model import experts
+from nemo_ray.model.activation import relu_squared
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.lora import lora_parameters
@@ -145,3 +147,15 @@ def test_recomputation_takes_no_last_product_again(targets):
         ("mlp", (64, 96), (96, 64)),
     ):
         assert again[first] == kinds[kind] and again[last] == 0, (kind, again)
+
+
+def test_recomputation_does_not_square_what_only_the_last_product_needs(monkeypatch):
+    """Experts without factors: the down projection's input is wanted once, for the product itself."""
+    squared = []
+    monkeypatch.setattr(experts, "relu_squared", lambda x: squared.append(x.shape) or relu_squared(x))
+    model = tiny_model(adapter={"adapter": "lora", "lora_target_modules": ("q_proj", "in_proj")}).train()
+    for block in model.model.layers:
+        block.recompute = True
+    batch = PackedBatch.from_lengths(torch.zeros((1, 32), dtype=torch.int64), [[32]])
+    model.packed_logits(batch).sum().backward()
+    assert len(squared) == sum(block.block_type == "moe" for block in model.model.layers)

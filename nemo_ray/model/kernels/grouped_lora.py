@@ -50,6 +50,7 @@ def _add_factors(
     rank_stride,
     HAS_FACTORS: tl.constexpr,
     ACTIVATION_GRADIENT: tl.constexpr,
+    KEEP: tl.constexpr,
     EXPERTS: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -83,8 +84,9 @@ def _add_factors(
             value += tl.dot(left, right, input_precision="ieee")
         if ACTIVATION_GRADIENT:
             relu = tl.maximum(tl.load(hidden + at, mask=inside, other=0.0).to(tl.float32), 0.0)
-            squared = (relu * relu).to(activated.dtype.element_ty)
-            tl.store(activated + at, squared, mask=inside)
+            squared = (relu * relu).to(hidden.dtype.element_ty)
+            if KEEP:
+                tl.store(activated + at, squared, mask=inside)
             dot += tl.sum(squared.to(tl.float32) * value, 1)
             value = 2.0 * relu * value * weight[:, None]
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
@@ -97,7 +99,7 @@ def _launch(
     inner: torch.Tensor | None,
     factors: torch.Tensor | None,
     ends: torch.Tensor,
-    gradient_of: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    gradient_of: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor] | None,
 ) -> None:
     num_rows, num_columns = out.shape
     assert out.is_contiguous() and (inner is None or inner.stride(-1) == 1)
@@ -121,6 +123,7 @@ def _launch(
         *(factors.stride() if factors is not None else (0, 0, 0)),
         HAS_FACTORS=factors is not None,
         ACTIVATION_GRADIENT=gradient_of is not None,
+        KEEP=activated is not None,
         EXPERTS=triton.next_power_of_2(ends.numel()),
         RANK=max(MIN_RANK, triton.next_power_of_2(rank)),
         ROWS=BLOCK_ROWS,
@@ -144,9 +147,10 @@ def activation_gradient_(
     inner: torch.Tensor | None,
     factors: torch.Tensor | None,
     ends: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """experts.py's function of the same name."""
-    activated = torch.empty_like(hidden)
+    activated = torch.empty_like(hidden) if keep else None
     dots = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     _launch(grad, inner, factors, ends, (hidden.contiguous(), weights, activated, dots))
     return activated, dots

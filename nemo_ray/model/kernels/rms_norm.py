@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _forward(hidden, weight, out, scales, epsilon, H: tl.constexpr, WIDTH: tl.constexpr):
+def _rms_norm(hidden, weight, out, scales, epsilon, H: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     inside = columns < H
@@ -21,7 +21,7 @@ def _forward(hidden, weight, out, scales, epsilon, H: tl.constexpr, WIDTH: tl.co
 
 
 @triton.jit
-def _backward(
+def _rms_norm_gradient(
     grad,
     grad_residual,
     hidden,
@@ -53,7 +53,7 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tupl
     out = torch.empty_like(hidden)
     scales = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     width = triton.next_power_of_2(size)
-    _forward[(rows,)](hidden, weight, out, scales, epsilon, H=size, WIDTH=width, num_warps=8)
+    _rms_norm[(rows,)](hidden, weight, out, scales, epsilon, H=size, WIDTH=width, num_warps=8)
     return out, scales
 
 
@@ -68,7 +68,7 @@ def rms_norm_gradient(
     size = hidden.shape[-1]
     out = torch.empty_like(hidden)
     width = triton.next_power_of_2(size)
-    _backward[(scales.numel(),)](
+    _rms_norm_gradient[(scales.numel(),)](
         grad,
         grad_residual,
         hidden,

@@ -32,21 +32,25 @@ check(routing._combine, 4, "*bf16 *i64 constexpr *bf16", weights=None, H=24, K=3
 
 check(nf4._dequantize, 4, "*i32 *u8 *fp32 *fp32 *fp32 *bf16 i32", BLOCK=64, SCALE_BLOCK=256, WORDS=nf4.WORDS)
 
-check(relu_squared._forward, 4, "*bf16 *bf16 i32", BLOCK=relu_squared.BLOCK)
-check(relu_squared._backward, 4, "*bf16 *bf16 *bf16 i32", BLOCK=relu_squared.BLOCK)
+check(relu_squared._relu_squared, 4, "*bf16 *bf16 i32", BLOCK=relu_squared.BLOCK)
+check(relu_squared._relu_squared_gradient, 4, "*bf16 *bf16 *bf16 i32", BLOCK=relu_squared.BLOCK)
 
-check(rms_norm._forward, 8, "*bf16 *fp32 *bf16 *fp32 fp32", H=24, WIDTH=32)
-check(rms_norm._backward, 8, "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16", HAS_RESIDUAL=True, H=24, WIDTH=32)
-last = dict(grad_residual=None, HAS_RESIDUAL=False)
-check(rms_norm._backward, 8, "*bf16 constexpr *bf16 *fp32 *fp32 *bf16", **last, H=24, WIDTH=32)
+check(rms_norm._rms_norm, 8, "*bf16 *fp32 *bf16 *fp32 fp32", H=24, WIDTH=32)
+types = "*bf16 *bf16 *bf16 *fp32 *fp32 *bf16"
+check(rms_norm._rms_norm_gradient, 8, types, HAS_RESIDUAL=True, H=24, WIDTH=32)
+types = "*bf16 constexpr *bf16 *fp32 *fp32 *bf16"
+check(rms_norm._rms_norm_gradient, 8, types, grad_residual=None, HAS_RESIDUAL=False, H=24, WIDTH=32)
 
 sizes = dict(RANK=16, ROWS=grouped_lora.BLOCK_ROWS, COLUMNS=grouped_lora.BLOCK_COLUMNS)
-for factors, gradient, experts in ((True, False, 128), (True, True, 512), (False, True, 128)):
+cases = ((True, False, False, 128), (True, True, True, 512), (False, True, False, 128))
+for factors, gradient, keep, experts in cases:
     left = "*bf16 *bf16" if factors else "constexpr constexpr"
-    right = "*bf16 *fp32 *bf16 *fp32" if gradient else "constexpr constexpr constexpr constexpr"
+    kept = "*bf16" if keep else "constexpr"
+    right = f"*bf16 *fp32 {kept} *fp32" if gradient else "constexpr constexpr constexpr constexpr"
     absent = dict.fromkeys(() if factors else ("inner", "factors"))
-    absent |= dict.fromkeys(() if gradient else ("hidden", "weights", "activated", "dots"))
-    flags = dict(HAS_FACTORS=factors, ACTIVATION_GRADIENT=gradient, EXPERTS=experts)
+    absent |= dict.fromkeys(() if gradient else ("hidden", "weights", "dots"))
+    absent |= dict.fromkeys(() if keep else ("activated",))
+    flags = dict(HAS_FACTORS=factors, ACTIVATION_GRADIENT=gradient, KEEP=keep, EXPERTS=experts)
     types = f"*bf16 {left} *i32 {right}" + 7 * " i32"
     check(grouped_lora._add_factors, 4, types, **flags, **sizes, **absent)
 

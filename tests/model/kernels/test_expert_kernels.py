@@ -39,19 +39,26 @@ def test_factors_are_added(counts, columns, rank, dtype):
         assert near(found, add_factors_reference_(out.clone(), inner, factors, ends), dtype)
 
 
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @settings(max_examples=12, deadline=None)
 @given(counts=counts_of_experts, columns=st.sampled_from([8, 136]), rank=st.sampled_from([0, 8]))
-def test_the_gradient_of_the_activation_rides_along(counts, columns, rank, dtype):
+def test_the_gradient_of_the_activation_rides_along(counts, columns, rank, dtype, keep):
     draw = drawn(1, dtype)
     ends = torch.tensor(counts).cumsum(0).int()
     rows = int(ends[-1])
     grad, hidden, weights = draw(rows, columns), draw(rows, columns), draw(rows).float()
     inner, factors = (draw(rows, rank), draw(len(counts), columns, rank)) if rank else (None, None)
     grads = grad.clone(), grad.clone()
-    found = grouped_lora.activation_gradient_(grads[0], hidden, weights, inner, factors, ends)
-    expected = activation_gradient_reference_(grads[1], hidden, weights, inner, factors, ends)
-    for one, other in zip((*found, grads[0]), (*expected, grads[1]), strict=True):
+    arguments = (hidden, weights, inner, factors, ends, keep)
+    activated, dots = grouped_lora.activation_gradient_(grads[0], *arguments)
+    expected, expected_dots = activation_gradient_reference_(grads[1], *arguments)
+    pairs = [(dots, expected_dots), (grads[0], grads[1])]
+    if keep:
+        pairs.append((activated, expected))
+    else:
+        assert activated is expected is None
+    for one, other in pairs:
         assert one.shape == other.shape and near(one, other, dtype)
 
 
