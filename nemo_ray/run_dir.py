@@ -7,6 +7,7 @@
     completions.jsonl  {"prompt", "completion", "stage": "before" | "after", "step"}
     data_plan.json     the windows that the run began with
     tensorboard/       event files;  wandb/: W&B's own;  trackers.json: the runs' ids in W&B and MLflow
+    nonfinite/         batches of steps whose loss or gradient was not finite
     rejected.jsonl     the rows that cannot be used, and why;  data.html: the data to look at, kept by `clear`
     progress.json      where the run is now;  stop: somebody asked it to end;  error.log: the full traceback
     prepared/          shards, where no dataset_prepared_path is given. Content-addressed: kept by `clear`
@@ -48,6 +49,7 @@ class RunDir:
         self.model_dir = self.path / "model"
         self.completions_file = self.path / "completions.jsonl"
         self.data_plan_file = self.path / "data_plan.json"
+        self.nonfinite_dir = self.path / "nonfinite"
         self.rejected_file = self.path / "rejected.jsonl"
         self.data_page = self.path / "data.html"
         self.progress_file = self.path / "progress.json"
@@ -71,7 +73,8 @@ class RunDir:
         """Everything that `clear` removes."""
         helpers = (self.progress_file, self.stop_file, self.error_file, self.data_plan_file, self.ray_dir)
         trackers = (self.tensorboard_dir, self.wandb_dir, self.trackers_file)
-        return (*self._results(), *helpers, *trackers, self.rejected_file, self.run_json)
+        lists = (self.nonfinite_dir, self.rejected_file)
+        return (*self._results(), *helpers, *trackers, *lists, self.run_json)
 
     def holds_run(self) -> bool:
         """Whether a run lives here (finished, broken off or under way)."""
@@ -125,6 +128,10 @@ class RunDir:
     def update_run(self, facts: Mapping[str, Any]) -> None:
         """Merge top-level keys into run.json. One writer at a time: the driver, while it trains rank 0."""
         self.write_run({**self.read_run(), **facts})
+
+    def add_notice(self, line: str) -> None:
+        """Tell the user what is no error; of rank 0, which has written `notices` before."""
+        self.update_run({"notices": [*self.read_run()["notices"], line]})
 
     def read_trackers(self) -> dict[str, str]:
         """trackers.json, or {} where there is none."""
@@ -193,6 +200,15 @@ class RunDir:
         """The complete checkpoint with the highest step, or None."""
         complete = self.complete_checkpoints()
         return complete[-1] if complete else None
+
+    # -- batches that were skipped ----------------------------------------------------------------
+
+    def write_nonfinite(self, step: int, rank: int, facts: Mapping[str, Any], keep: int) -> None:
+        """Write one rank's part of a skipped step's batch; the rank's oldest files beyond `keep` go."""
+        publish_json(self.nonfinite_dir / f"step-{step}-rank-{rank}.json", dict(facts))
+        own = self.nonfinite_dir.glob(f"step-*-rank-{rank}.json")
+        for path in sorted(own, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
+            path.unlink()
 
     # -- progress and stop ------------------------------------------------------------------------
 

@@ -399,6 +399,11 @@ class TrainSection(Section):
     max_grad_norm: Annotated[Positive | None, Kind("a number, 0 or more")] = Field(
         1.0, description="Gradients are scaled down to this norm, over all workers; 0 switches it off."
     )
+    max_nonfinite_steps: PositiveInt = Field(
+        3,
+        description="A step whose loss or gradient is not finite changes no weight, and its batch is written "
+        "to `output_dir/nonfinite`; so many of them in a row end the run.",
+    )
     logging_steps: PositiveInt = Field(
         1, description="A row is written to metrics.jsonl every so many steps."
     )

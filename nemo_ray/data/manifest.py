@@ -6,6 +6,7 @@ Owns the records and their JSON form. How windows are found is sources.py, how s
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -48,6 +49,11 @@ class SourceInfo:
     evaluation_only: bool
     weight: float | None = None
     """Its part of an epoch's tokens, relative to the other sources' weights; None: each row once an epoch."""
+
+    def locate(self, row: int) -> tuple[str, int]:
+        """(file, row in that file) of the source's row number `row`."""
+        file = self.files[bisect_right(self.files, row, key=lambda file: file.first_row) - 1]
+        return file.path, row - file.first_row
 
 
 @dataclass(frozen=True)

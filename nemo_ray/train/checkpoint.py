@@ -37,6 +37,7 @@ class TrainState:
     place: dict[str, Any] | None = None  # where the reader of packs goes on; None at the beginning
     epoch: float = 0.0  # rows consumed / rows of an epoch
     data_hash: str = ""
+    nonfinite_steps: int = 0  # steps so far that changed nothing, for their loss or gradient was not finite
 
 
 def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from nemo_ray.train.best import EVAL_LOSS, Best, best_of
 from nemo_ray.train.checkpoint import TrainState, save_checkpoint
 from nemo_ray.train.evaluation import Evaluator
 from nemo_ray.train.metrics import FiguresOnTheWay, extend_hash, passed_multiple, peak_memory_bytes
+from nemo_ray.train.nonfinite import NonFiniteSteps, or_none
 from nemo_ray.train.optim import learning_rate
 from nemo_ray.train.update import Trainee, Update
 
@@ -28,6 +29,7 @@ PROGRESS_INTERVAL_S = 0.2
 # Of a row of metrics.jsonl, in this order.
 TRAIN_FIELDS = ("step", "epoch", "cursor", "loss", "lr", "grad_norm", "tokens", "target_tokens")
 TRAIN_FIELDS += ("tokens_per_s", "step_s", "data_wait_s", "peak_memory_bytes", "data_hash")
+TRAIN_FIELDS += ("nonfinite_steps",)
 
 
 class Trainer:
@@ -56,7 +58,8 @@ class Trainer:
         self._progress_written_s = 0.0
         self._saved_step = state.step if state.step else -1
         self._evaluated_step = -1
-        self._unlogged: tuple[dict[str, Any], FiguresOnTheWay] | None = None
+        self.nonfinite = NonFiniteSteps(train, plan, run, self.rank, self.world_size)
+        self._unlogged: tuple[dict[str, Any], FiguresOnTheWay, StepPacks] | None = None
         self._step_ended_s = time.monotonic()
 
     # -- the run ---------------------------------------------------------------------------------
@@ -122,11 +125,10 @@ class Trainer:
             "data_wait_s": packs.wait_s,
             "data_hash": self.state.data_hash,
         }
-        dist.all_reduce(loss_sum)
         figures = FiguresOnTheWay(loss_sum / max(1, num_targets), grad_norm)
         self._log_last()  # the step before: a GPU is at work on this one meanwhile
-        self._unlogged = (row, figures)
-        if self.trainee.device.type == "cpu":
+        self._unlogged = (row, figures, packs)
+        if self.trainee.device.type == "cpu" or self.nonfinite.next_may_end_the_run:
             self._log_last()
         evaluate = self._due(self.train.eval_steps, self.train.evals_per_epoch, before, after)
         save = self._due(self.train.save_steps, self.train.saves_per_epoch, before, after)
@@ -216,23 +218,32 @@ class Trainer:
         return [int(count) for count in total]
 
     def _log_last(self) -> None:
-        """Wait for the figures of the last step, and write its row where one is due."""
+        """Wait for the figures of the last step, and write its row where one is due.
+
+        Raises: NonFiniteError where it was one too many without finite figures.
+        """
         if self._unlogged is None:
             return
-        row, figures = self._unlogged
+        row, figures, packs = self._unlogged
         self._unlogged = None
         loss, norm = figures.wait()
         now_s = time.monotonic()
         step_s, self._step_ended_s = now_s - self._step_ended_s, now_s
-        if self.rank != 0 or row["step"] % self.train.logging_steps:
-            return
-        tokens_per_s = row["tokens"] / step_s
-        row |= {"loss": loss, "grad_norm": norm, "step_s": step_s, "tokens_per_s": tokens_per_s}
-        row["peak_memory_bytes"] = peak_memory_bytes(self.trainee.device)
-        self.run_dir.append_metrics(row)
-        self.write_progress("training", loss=loss, lr=row["lr"], tokens_per_s=tokens_per_s)
+        self.state.nonfinite_steps += self.nonfinite.add(row["step"], loss, norm, packs)
+        if self.rank == 0 and row["step"] % self.train.logging_steps == 0:
+            self._log(row | {"loss": or_none(loss), "grad_norm": or_none(norm), "step_s": step_s})
+        if self.nonfinite.too_many:
+            self.save()  # of the weights before these steps, for none came between
+            raise self.nonfinite.error(self.run_dir.checkpoint_dir(self.state.step))
 
-    def write_progress(self, phase: str, now: bool = False, **figures: float) -> None:
+    def _log(self, row: dict[str, Any]) -> None:
+        row["tokens_per_s"] = row["tokens"] / row["step_s"]
+        row["peak_memory_bytes"] = peak_memory_bytes(self.trainee.device)
+        row["nonfinite_steps"] = self.state.nonfinite_steps
+        self.run_dir.append_metrics(row)
+        self.write_progress("training", **{name: row[name] for name in ("loss", "lr", "tokens_per_s")})
+
+    def write_progress(self, phase: str, now: bool = False, **figures: float | None) -> None:
         """Tell the driver where the run is; often enough for an eye, seldom enough to cost nothing."""
         clock_s = time.monotonic()
         if self.rank != 0 or (not now and clock_s - self._progress_written_s < PROGRESS_INTERVAL_S):

@@ -34,10 +34,18 @@ class AdamW(torch.optim.AdamW):
     """torch's, with states in the parameters' dtype, float32."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], train: TrainSection) -> None:
-        # Fused: the default on a GPU makes copies of all parameters at once.
-        on_gpu = any(p.device.type == "cuda" for p in parameters.values())
-        super().__init__(parameters.values(), **_settings(train), fused=on_gpu)
+        # Fused: its kernels can leave a step out without the host, and no copies of all parameters are made.
+        super().__init__(parameters.values(), **_settings(train), fused=True)
         self.named = dict(parameters)
+
+    def step_unless(self, skip: torch.Tensor) -> None:
+        """A step; where `skip` is 1, and not 0, it leaves all values and states as they are.
+
+        Args:
+            skip: float32 scalar on the parameters' device. Nothing waits for it.
+        """
+        self.found_inf = skip  # what torch's GradScaler tells the kernels by
+        self.step()
 
     @property
     def started(self) -> bool:
@@ -48,7 +56,7 @@ class AdamW(torch.optim.AdamW):
         """Make the states that the first step would make, as places to load into."""
         for parameter in self.named.values():
             self.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device if self.defaults["fused"] else None),
+                "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -90,7 +98,16 @@ class AdamW8bit:
         )
         self.param_groups = self._inner.param_groups
 
-    def step(self) -> None:
+    def step_unless(self, skip: torch.Tensor) -> None:
+        """A step; where `skip` is 1, and not 0, nothing is touched.
+
+        It waits for `skip`: bitsandbytes (0.50) counts steps on the host, and waits for the GPU itself after
+        each parameter.
+        """
+        if not self.started:  # a checkpoint may follow
+            self.start_states()
+        if skip.item():
+            return
         for name, part in self._parts.items():
             gradient = self.named[name].grad
             part.grad = None if gradient is None else _local(gradient)

@@ -57,6 +57,11 @@ class Parallel:
         if self.sharded:
             self.model.set_requires_gradient_sync(last)
 
+    def sum_over_workers(self, value: torch.Tensor) -> None:
+        """Sum a tensor over the workers, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+
     def sync_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Sum the gradients over the copies. FSDP2 has already done so where the model is sharded."""
         if self.sharded or self.world_size == 1:

@@ -132,7 +132,11 @@ def result_rows(run: RunDir, elapsed_s: float) -> list[Row]:
             rows.append(("", f"after{per_dataset}"))
     steps = [row for row in metrics if "loss" in row]
     if steps:
-        rows.append(("steps", f"{steps[-1]['step']}, last loss {steps[-1]['loss']:.4f}"))
+        loss, skipped = steps[-1]["loss"], steps[-1]["nonfinite_steps"]
+        last = "last loss not finite" if loss is None else f"last loss {loss:.4f}"
+        rows.append(("steps", f"{steps[-1]['step']}, {last}"))
+        if skipped:
+            rows.append(("", f"{skipped} of them not finite and skipped; batches in {run.nonfinite_dir}"))
     rows += _chosen(run.read_run(), losses[-1]["step"] if losses else 0)
     newest = run.newest_checkpoint()
     places: list[tuple[str, Path | None]] = [

@@ -2,7 +2,10 @@
 
 The loss of a step is the sum of its token losses divided by its number of target tokens, counted over all
 workers and micro-batches before the first forward pass. So how a step is split never changes its result.
-Nothing here waits for a GPU.
+
+A step whose loss or gradient norm is not finite changes no weight and no state of the optimizer. Every worker
+finds the same, for both figures are of all of them. It is decided on the device: nothing here waits for a
+GPU, but for AdamW8bit.
 """
 
 from collections.abc import Sequence
@@ -59,21 +62,24 @@ class Update:
     def __call__(
         self, packs: Sequence[Pack], num_targets: int, rate: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Forward, backward and AdamW over this rank's packs, at the learning rate `rate`.
+        """Forward, backward and AdamW over this rank's packs, at the learning rate `rate`; AdamW is left out
+        where a figure that is returned is not finite.
 
         Args:
             num_targets: target tokens of the step, over all workers.
 
-        Returns: this rank's loss sum, and the gradient norm of all before clipping, both on the device.
+        Returns: loss sum and gradient norm before clipping, both over all workers and on the device.
         """
         trainee = self.trainee
         loss_sum = self._passes(packs, trainee.parallel.loss_scale / max(1, num_targets))
+        trainee.parallel.sum_over_workers(loss_sum)
         parameters = list(trainee.parameters.values())
         trainee.parallel.sync_gradients(parameters)
         grad_norm = clip_gradients(parameters, self.train.max_grad_norm)
         for group in trainee.optimizer.param_groups:
             group["lr"] = rate
-        trainee.optimizer.step()
+        finite = torch.isfinite(loss_sum) & torch.isfinite(grad_norm)
+        trainee.optimizer.step_unless((~finite).float())
         self._zero_gradients()
         return loss_sum, grad_norm
 

@@ -72,7 +72,4 @@ def open_trackers(config: Config, plan: DataPlan, run: RunDir, step: int) -> Tra
         name = tracking.mlflow_run_name or run.path.name
         found.append(MLflow(tracking, name, ids.get("mlflow_run_id"), keep_id, history, told))
 
-    def warn(line: str) -> None:
-        run.update_run({"notices": [*run.read_run()["notices"], line]})
-
-    return Trackers(found, warn)
+    return Trackers(found, run.add_notice)

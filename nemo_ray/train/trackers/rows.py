@@ -19,7 +19,8 @@ def figures(row: Row) -> dict[str, float]:
     No name is the beginning of another, at a slash: MLflow's store of files could not hold them.
     """
     if "eval_loss" not in row:
-        return {f"train/{name}": value for name, value in row.items() if name not in _NOT_FIGURES}
+        own = {f"train/{name}": value for name, value in row.items() if name not in _NOT_FIGURES}
+        return {name: value for name, value in own.items() if value is not None}
     found = {name.replace("_", "/", 1): row[name] for name in ("eval_loss", "eval_tokens", "eval_s")}
     for dataset, own in row["eval_datasets"].items():
         found |= {f"eval_{name}/{dataset}": value for name, value in own.items() if value is not None}
