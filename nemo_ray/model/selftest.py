@@ -63,10 +63,15 @@ def compile_kernels(model: nn.Module, device: torch.device) -> None:
     model.zero_grad(set_to_none=True)
 
 
+def random_ids(vocab_size: int, lengths: tuple[int, int]) -> torch.Tensor:
+    """(1, sum of lengths) tokens, the same in every call."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(0, vocab_size, (1, sum(lengths)), generator=generator)
+
+
 def _random_batch(model: nn.Module, lengths: tuple[int, int], device: torch.device) -> PackedBatch:
     """One pack of two documents; the same on every rank."""
-    generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(0, model.config.vocab_size, (1, sum(lengths)), generator=generator)
+    ids = random_ids(model.config.vocab_size, lengths)
     return PackedBatch.from_lengths(ids.to(device), [list(lengths)])
 
 
