@@ -76,6 +76,7 @@ def test_clear_takes_the_run_and_nothing_else(run: RunDir) -> None:
     complete(run, 5)
     run.adapter_dir.mkdir()
     run.write_progress({"phase": "training"})
+    run.write_nonfinite(5, 0, {"step": 5}, keep=1)
     run.request_stop()
     run.prepared_dir.mkdir()
     (run.prepared_dir / "k.arrow").write_text("rows")

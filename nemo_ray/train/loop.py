@@ -128,7 +128,7 @@ class Trainer:
         figures = FiguresOnTheWay(loss_sum / max(1, num_targets), grad_norm)
         self._log_last()  # the step before: a GPU is at work on this one meanwhile
         self._unlogged = (row, figures, packs)
-        if self.trainee.device.type == "cpu" or self.nonfinite.next_may_end_the_run:
+        if figures.are_here or self.nonfinite.next_may_end_the_run:
             self._log_last()
         evaluate = self._due(self.train.eval_steps, self.train.evals_per_epoch, before, after)
         save = self._due(self.train.save_steps, self.train.saves_per_epoch, before, after)

@@ -28,6 +28,11 @@ class FiguresOnTheWay:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
+    @property
+    def are_here(self) -> bool:
+        """Whether nothing has to be waited for, and no step runs meanwhile."""
+        return self._arrived is None
+
     def wait(self) -> tuple[float, float]:
         """Loss and gradient norm."""
         if self._arrived is not None:

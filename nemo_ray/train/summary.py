@@ -136,7 +136,8 @@ def result_rows(run: RunDir, elapsed_s: float) -> list[Row]:
         last = "last loss not finite" if loss is None else f"last loss {loss:.4f}"
         rows.append(("steps", f"{steps[-1]['step']}, {last}"))
         if skipped:
-            rows.append(("", f"{skipped} of them not finite and skipped; batches in {run.nonfinite_dir}"))
+            what = f"{plural(skipped, 'step')} without a finite loss or gradient"
+            rows.append(("skipped", f"{what}; batches in {run.nonfinite_dir}"))
     rows += _chosen(run.read_run(), losses[-1]["step"] if losses else 0)
     newest = run.newest_checkpoint()
     places: list[tuple[str, Path | None]] = [

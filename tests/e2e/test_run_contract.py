@@ -28,6 +28,7 @@ TRAIN_FIELDS = [
     "data_wait_s",
     "peak_memory_bytes",
     "data_hash",
+    "nonfinite_steps",
 ]
 
 

@@ -88,7 +88,7 @@ def worker(loop_config):
     for step in range(1, steps + 1):
         time.sleep(0.02)
         if first:
-            row = {"loss": 4.0 - step / steps, "lr": 1e-4, "tokens_per_s": 1234.5}
+            row = {"loss": 4.0 - step / steps, "lr": 1e-4, "tokens_per_s": 1234.5, "nonfinite_steps": 0}
             run.append_metrics({"step": step, **row})
             run.write_progress({"phase": "training", "step": step, "max_steps": steps, "eta_s": 3.0, **row})
         if run.stop_requested():

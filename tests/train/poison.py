@@ -1,4 +1,4 @@
-"""Bases that make chosen packs of a run poisonous: the embedding of a token that only they have is infinite."""
+"""Bases that make chosen packs poisonous: the embedding of a token that only they have is infinite."""
 
 import shutil
 from collections import Counter

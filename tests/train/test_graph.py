@@ -65,6 +65,22 @@ def test_gradients_and_losses_are_those_of_plain_passes():
     assert len(recorded) == len(sizes) < len(LAYOUTS)
 
 
+def test_what_is_not_finite_is_gone_with_the_step():
+    model, parameters = trained()
+    passes = GraphedPasses(model, parameters, CPU, lambda run: run)
+    micro = micro_batch([20, 44], 0)
+    embeddings = model.get_input_embeddings().weight.detach()
+    sound, found = embeddings.clone(), []
+    for scale in (1.0, torch.inf, 1.0):
+        embeddings.copy_(sound * scale)
+        passes(micro, 0.5)
+        found.append((passes.take_loss_sum(), [p.grad.clone() for p in parameters.values()]))
+        passes.zero_gradients()
+    (loss, gradients), (bad_loss, bad_gradients), (later_loss, later_gradients) = found
+    assert not bad_loss.isfinite() and not any(gradient.isfinite().all() for gradient in bad_gradients)
+    assert torch.equal(loss, later_loss) and all(map(torch.equal, gradients, later_gradients))
+
+
 def test_sizes_are_rounded_up_but_to_a_pack_at_most():
     assert Sizes.of(micro_batch([20, 44], 0).batch) == Sizes(2, 64)
     assert Sizes.of(micro_batch([3] * 20 + [4], 0).batch) == Sizes(32, 4)

@@ -472,13 +472,22 @@ def test_a_refused_run_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
 def test_the_result_names_what_there_is(run: RunDir) -> None:
     run.write_run({})
     run.append_metrics({"step": 0, "eval_loss": 4.0})
-    run.append_metrics({"step": 20, "loss": 3.1})
+    run.append_metrics({"step": 20, "loss": 3.1, "nonfinite_steps": 0})
     run.append_metrics({"step": 20, "eval_loss": 3.0})
     run.adapter_dir.mkdir()
     rows = dict(summary.result_rows(run, 83))
     assert rows["held-out loss"] == "4.0000 before, 3.0000 after step 20 (-25.0%)"
+    assert rows["steps"] == "20, last loss 3.1000" and "skipped" not in rows
     assert rows["adapter"] == str(run.adapter_dir) and "model" not in rows and "checkpoint" not in rows
     assert rows["time"] == "1:23"
+
+
+def test_the_result_counts_the_steps_that_were_skipped(run: RunDir) -> None:
+    run.write_run({})
+    run.append_metrics({"step": 20, "loss": None, "nonfinite_steps": 2})
+    rows = dict(summary.result_rows(run, 83))
+    assert rows["steps"] == "20, last loss not finite"
+    assert rows["skipped"] == f"2 steps without a finite loss or gradient; batches in {run.nonfinite_dir}"
 
 
 def test_sizes() -> None:

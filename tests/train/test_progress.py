@@ -147,6 +147,22 @@ def test_losses_by_dataset_and_a_tracker_that_fails_are_told(run: RunDir) -> Non
     ]
 
 
+def test_a_step_without_a_finite_loss_is_shown_without_one(run: RunDir) -> None:
+    display, output, clock = plain(run)
+    with display:
+        for step, loss in ((1, 2.5), (2, None), (3, 2.25)):
+            clock.now_s += 20.0
+            run.append_metrics({"step": step, "loss": loss, "lr": 1e-4, "tokens_per_s": 12345.6})
+            run.write_progress(at(step, loss=loss))
+            display.poll()
+    rest = "lr 1.00e-04  12,346 tokens/s  ETA 1:23"
+    assert output.getvalue().splitlines() == [
+        f"step 1/100  loss 2.5000  {rest}",
+        f"training  step 2/100  {rest}",
+        f"step 3/100  loss 2.2500  {rest}",
+    ]
+
+
 def test_what_a_continued_run_wrote_before_is_not_news(run: RunDir) -> None:
     run.append_metrics({"step": 0, "eval_loss": 3.0})
     run.append_metrics({"step": 12, "eval_loss": 2.9})  # after the checkpoint: will be trained again

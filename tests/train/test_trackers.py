@@ -35,6 +35,7 @@ from tests.train.tracker_readers import (
 
 def test_rows_as_figures() -> None:
     assert figures({"step": 3, "loss": 1.5, "data_hash": "ff"}) == {"train/loss": 1.5}
+    assert figures({"step": 3, "loss": None, "lr": 1e-4}) == {"train/lr": 1e-4}
     datasets = {"chats": {"loss": 2.0, "tokens": 7}, "none": {"loss": None, "tokens": 0}}
     row = {"step": 3, "eval_loss": 2.0, "eval_tokens": 7, "eval_s": 0.1, "eval_datasets": datasets}
     assert figures(row) == {
