@@ -98,7 +98,7 @@ def train(layout: Layout, rank: int, case: Case, checkpointing: bool) -> tuple[n
             dist.all_reduce(loss_sum)
         parallel.sync_gradients(parameters)
         figures += [float(loss_sum) / num_targets, float(clip_gradients(parameters, 1.0))]
-        optimizer.step()
+        optimizer.step_unless(torch.zeros(()))
         optimizer.zero_grad()
     return model, figures
 
