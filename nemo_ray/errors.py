@@ -32,6 +32,10 @@ class CheckpointError(NemoRayError):
     """A base model, adapter or training checkpoint cannot be read or written."""
 
 
+class SupersededError(NemoRayError):
+    """A newer start of the same run took over: this one must not write any more."""
+
+
 class PatchError(NemoRayError):
     """The installed libraries do not fit the patches, or the patched model computes wrong values."""
 

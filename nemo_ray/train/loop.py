@@ -17,7 +17,7 @@ from nemo_ray.data.reader import PackReader, Repair, StepPacks
 from nemo_ray.errors import DataError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.best import EVAL_LOSS, Best, best_of
-from nemo_ray.train.checkpoint import TrainState, save_checkpoint
+from nemo_ray.train.checkpoint import Checkpointer, TrainState
 from nemo_ray.train.evaluation import Evaluator
 from nemo_ray.train.metrics import FiguresOnTheWay, extend_hash, passed_multiple, peak_memory_bytes
 from nemo_ray.train.optim import learning_rate
@@ -47,6 +47,7 @@ class Trainer:
         self.state, self.repair = state, repair
         self.update = Update(trainee, train)
         self.evaluator = Evaluator(trainee, plan, train.micro_batch_size, repair)
+        self.checkpointer = Checkpointer(run, trainee.parameters, trainee.optimizer, train.save_total_limit)
         self.best = Best(train)
         self.stopped_early: dict[str, int] | None = None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -94,6 +95,7 @@ class Trainer:
         if finished and self._evaluated_step != self.state.step:
             self.evaluate()
         self.save()
+        self.checkpointer.wait()
         return finished
 
     def step(self, packs: StepPacks) -> bool:
@@ -107,6 +109,7 @@ class Trainer:
         )
         if stop:
             return False
+        self.checkpointer.check()
         rate = learning_rate(self.train, self.state.step, before, after)
         loss_sum, grad_norm = self.update(packs.packs, num_targets, rate)
         self.state.step += 1
@@ -165,18 +168,12 @@ class Trainer:
         self.write_progress("training", now=True)
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless that exists or nothing was trained."""
+        """Begin a checkpoint of the current step, unless that exists or nothing was trained; it is written
+        while training goes on."""
         if self.state.step == 0 or self._saved_step == self.state.step:
             return
         self.write_progress("saving", now=True)
-        save_checkpoint(
-            self.run_dir,
-            self.trainee.parameters,
-            self.trainee.optimizer,
-            self.state,
-            self.train.save_total_limit,
-            self.best.step if self.train.load_best_model_at_end else None,
-        )
+        self.checkpointer.start(self.state, self.best.step if self.train.load_best_model_at_end else None)
         self._saved_step = self.state.step
         self.report({"step": self.state.step, "eval_loss": self.eval_loss})
         self.write_progress("training", now=True)

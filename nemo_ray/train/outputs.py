@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from nemo_ray.attempts import Attempt
 from nemo_ray.config.schema import Config, DatasetSpec, TrainSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
@@ -181,9 +182,9 @@ def _may_replace(run: RunDir) -> bool:
 
 def begin(run: RunDir, start: Start, plan: DataPlan) -> None:
     """Make the directory ready as `decide_start` said, and pin the data plan of a run that begins anew."""
+    Attempt.begin(run.path)  # workers of an earlier driver may be alive
     if start.replace:
         run.clear()
-    run.path.mkdir(parents=True, exist_ok=True)
     run.clear_stop()
     run.error_file.unlink(missing_ok=True)
     if start.checkpoint is not None and start.checkpoint.resolve().parent == run.checkpoints_dir.resolve():

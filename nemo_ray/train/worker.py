@@ -29,12 +29,12 @@ from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import compile_kernels, self_test
 from nemo_ray.model.ssd import missing_kernels
 from nemo_ray.run_dir import RunDir
-from nemo_ray.storage import publish_folder, remove_tree
 from nemo_ray.train.checkpoint import TrainState, load_checkpoint, load_weights
 from nemo_ray.train.loop import Trainer
 from nemo_ray.train.loss import bind_loss
 from nemo_ray.train.optim import make_optimizer
 from nemo_ray.train.parallelize import Layout, parallelize
+from nemo_ray.train.starting import choose_checkpoint, take_over
 from nemo_ray.train.trackers import open_trackers
 from nemo_ray.train.update import Trainee
 
@@ -65,6 +65,7 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
     config, run = spec.config, RunDir(spec.output_dir)
     rank = dist.get_rank()
     torch.manual_seed(config.seed + rank)
+    take_over(run)
     base = fetch_base(config, run, rank)
     if rank == 0:
         run.write_progress({"phase": "loading"})
@@ -92,7 +93,7 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
         run.update_run({"model": count_parameters(trainee.model), "start": seconds, "notices": notices})
 
     state = TrainState()
-    folder = checkpoint_to_resume(config.resume_from_checkpoint, run)
+    folder = choose_checkpoint(config.resume_from_checkpoint, run)
     if folder is not None:
         state = load_checkpoint(folder, trainee.parameters, trainee.optimizer)
     repair = repairer(spec.plan, config.data, hub.reference(config))
@@ -203,14 +204,6 @@ def make_trainee(
     return Trainee(model.train(), parameters, optimizer, parallel, device), targets
 
 
-def checkpoint_to_resume(wanted: str | None, run: RunDir) -> Path | None:
-    """The newest checkpoint of this run (a restarted worker goes on from there), else the one asked for."""
-    newest = run.newest_checkpoint()
-    if newest is not None:
-        return newest
-    return Path(wanted) if wanted and wanted != "auto" else None
-
-
 def complete_prompts(trainer: Trainer, config: Config, base: str, stage: str, step: int) -> None:
     """Complete the config's prompts greedily, with the weights of `step`, into completions.jsonl; all workers
     compute, rank 0 writes."""
@@ -255,9 +248,7 @@ def export(
 ) -> None:
     """Write adapter/ or model/, whole or not at all."""
     final = run.model_dir if targets is None else run.adapter_dir
-    partial = final.with_name(f".{final.name}.partial")
-    if write and partial.exists():
-        remove_tree(partial)
+    partial = run.own_attempt.aside(final.name)
     template = config.chat_template
     saved = SavedBase(
         folder=base,
@@ -271,4 +262,4 @@ def export(
     else:
         save_adapter(trainee.model, config.adapter_config, targets, saved, partial, write)
     if write:
-        publish_folder(partial, final)
+        run.own_attempt.publish(final.name, final)
