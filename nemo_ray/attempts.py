@@ -10,6 +10,7 @@ older start appends to one that has no name any more. What is published is run_d
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,31 +24,22 @@ _FOLDER = ".attempts"
 class Attempt:
     """One start, as its workers hold it. `name` is NUMBER-TOKEN: no two starts ever have the same."""
 
-    root: Path
+    places: tuple[Path, ...]
     name: str
 
     @classmethod
-    def begin(cls, output_dir: Path) -> "Attempt":
-        """Take the next number. From here on no earlier start publishes anything in `output_dir`."""
-        root = output_dir / _FOLDER
-        root.mkdir(parents=True, exist_ok=True)
+    def begin(cls, places: Sequence[Path]) -> "Attempt":
+        """Take the next number. From here on no earlier start publishes anything in `places`: folders, each
+        with what is written aside on its own file system."""
+        for place in places:
+            (place / _FOLDER).mkdir(parents=True, exist_ok=True)
         while True:
-            newest = max(_starts(root), default=(0, ""))
+            newest = max((start for place in places for start in _starts(place)), default=(0, ""))
             own = (newest[0] + 1, uuid.uuid4().hex[:12])
-            attempt = cls(root, _name(own))
-            attempt.folder.mkdir()
-            others = [start for start in _starts(root) if start != own]
-            for earlier in others:
-                if earlier < own:
-                    _remove(root / _name(earlier))
-            if max(others, default=own) <= own:
-                return attempt
-            _remove(attempt.folder)  # others asked at the same moment, and one of them was ahead
-
-    @property
-    def folder(self) -> Path:
-        """What this start may write is in here until it is published."""
-        return self.root / self.name
+            if all(_enter(place, own) for place in places):
+                return cls(tuple(places), _name(own))
+            for place in places:  # another asked at the same moment, and was ahead
+                _remove(place, own)
 
     @property
     def number(self) -> int:
@@ -56,22 +48,25 @@ class Attempt:
 
     def check(self) -> None:
         """Raises: SupersededError where a newer start took over."""
-        if not self.folder.is_dir():
-            raise SupersededError(
-                f"{self.root.parent}: a newer start of this run took over; attempt {self.number} "
-                "writes nothing any more"
-            )
+        for place in self.places:
+            if not (place / _FOLDER / self.name).is_dir():
+                raise SupersededError(
+                    f"{self.places[0]}: a newer start of this run took over; attempt {self.number} writes "
+                    "nothing any more"
+                )
 
-    def aside(self, name: str) -> Path:
-        """Where a file or folder is written before it is published. `self.folder` must not be made anew."""
-        return self.folder / name
+    def aside(self, path: Path) -> Path:
+        """Where the file or folder `path`, which belongs into one of the places, is written before it is
+        published. The folder around it must not be made anew."""
+        assert path.parent in self.places
+        return path.parent / _FOLDER / self.name / path.name
 
-    def publish(self, name: str, path: Path) -> None:
-        """Give what was written aside its place, replacing what was there, if this is the newest start.
+    def publish(self, path: Path) -> None:
+        """Give what was written aside its name, replacing what was there, if this is the newest start.
 
         Raises: SupersededError
         """
-        source = self.aside(name)
+        source = self.aside(path)
         try:
             if source.is_dir():
                 publish_folder(source, path)
@@ -82,8 +77,18 @@ class Attempt:
             raise
 
 
-def _starts(root: Path) -> list[tuple[int, str]]:
-    found = (name.partition("-") for name in os.listdir(root))
+def _enter(place: Path, own: tuple[int, str]) -> bool:
+    """Make a start's folder and remove those of earlier ones; False where there is a later one."""
+    (place / _FOLDER / _name(own)).mkdir()
+    others = [start for start in _starts(place) if start != own]
+    for earlier in others:
+        if earlier < own:
+            _remove(place, earlier)
+    return max(others, default=own) <= own
+
+
+def _starts(place: Path) -> list[tuple[int, str]]:
+    found = (name.partition("-") for name in os.listdir(place / _FOLDER))
     return [(int(number), token) for number, _, token in found if number.isdigit()]
 
 
@@ -91,11 +96,12 @@ def _name(start: tuple[int, str]) -> str:
     return f"{start[0]}-{start[1]}"
 
 
-def _remove(folder: Path) -> None:
+def _remove(place: Path, start: tuple[int, str]) -> None:
     """Take the name away at once; what an older start still holds open may go later."""
+    folder = place / _FOLDER / _name(start)
     retired = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}")
     try:
         os.replace(folder, retired)
-    except FileNotFoundError:  # another start was faster
+    except FileNotFoundError:  # never made, or another start was faster
         return
     shutil.rmtree(retired, ignore_errors=True)

@@ -67,7 +67,8 @@ class RunDir:
 
     def begin_attempt(self) -> Attempt:
         """Take over from every earlier start of this run's workers; returns this one."""
-        self.attempt = Attempt.begin(self.path)
+        # Checkpoints may lie on another disk, behind a link.
+        self.attempt = Attempt.begin((self.path, self.checkpoints_dir))
         return self.attempt
 
     @property
@@ -100,14 +101,14 @@ class RunDir:
     def has_results(self) -> bool:
         """Whether anything was recorded: a metrics row, a completion, a checkpoint, an adapter, a model."""
         return any(
-            path.exists() and (any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0)
+            path.exists() and (_holds_any(path) if path.is_dir() else path.stat().st_size > 0)
             for path in self._results()
         )
 
     def has_trained(self) -> bool:
         """Whether there is something to continue or to keep: a step, a checkpoint, an adapter, a model."""
         folders = (self.checkpoints_dir, self.adapter_dir, self.model_dir)
-        return any(path.is_dir() and any(path.iterdir()) for path in folders) or any(
+        return any(path.is_dir() and _holds_any(path) for path in folders) or any(
             row["step"] > 0 for row in self.read_metrics()
         )
 
@@ -272,14 +273,18 @@ class RunDir:
 
     def _aside(self, path: Path) -> Path:
         if self.attempt is not None:
-            return self.attempt.aside(path.name)
+            return self.attempt.aside(path)
         return path.with_name(f".{path.name}.partial")
 
     def _publish(self, partial: Path, path: Path) -> None:
         if self.attempt is not None:
-            self.attempt.publish(partial.name, path)
+            self.attempt.publish(path)
         else:
             os.replace(partial, path)
+
+
+def _holds_any(folder: Path) -> bool:
+    return any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def _read_json_or_none(path: Path) -> Any:

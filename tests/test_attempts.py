@@ -1,6 +1,7 @@
 """An older start of a run's workers publishes nothing, at whatever moment a newer one begins."""
 
 import pickle
+import tempfile
 import threading
 from pathlib import Path
 
@@ -18,30 +19,32 @@ def started(path: Path) -> RunDir:
 
 
 def write_folder(attempt: Attempt, name: str, text: str) -> None:
-    attempt.aside(name).mkdir()
-    (attempt.aside(name) / "file").write_text(text)
+    folder = attempt.aside(attempt.places[0] / name)
+    folder.mkdir()
+    (folder / "file").write_text(text)
 
 
 def test_numbers_rise_over_ends_and_restarts(tmp_path: Path) -> None:
-    assert [Attempt.begin(tmp_path).number for _ in range(3)] == [1, 2, 3]
+    assert [Attempt.begin([tmp_path]).number for _ in range(3)] == [1, 2, 3]
     (only,) = (tmp_path / ".attempts").iterdir()
     assert only.name.startswith("3-")
 
 
 def test_of_starts_at_the_same_moment_one_survives(tmp_path: Path) -> None:
+    places = [tmp_path / "run", tmp_path / "checkpoints"]
     found: list[Attempt] = []
     gate = threading.Barrier(8)
 
     def start() -> None:
         gate.wait()
-        found.append(Attempt.begin(tmp_path))
+        found.append(Attempt.begin(places))
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert len({attempt.folder for attempt in found}) == 8
+    assert len({attempt.name for attempt in found}) == 8
     newest = max(found, key=lambda attempt: (attempt.number, attempt.name))
     newest.check()
     for attempt in found:
@@ -51,26 +54,26 @@ def test_of_starts_at_the_same_moment_one_survives(tmp_path: Path) -> None:
 
 
 def test_what_was_written_aside_before_a_newer_start_gets_no_name(tmp_path: Path) -> None:
-    old = Attempt.begin(tmp_path)
+    old = Attempt.begin([tmp_path])
     write_folder(old, "step-4", "old")
-    new = Attempt.begin(tmp_path)
+    new = Attempt.begin([tmp_path])
     with pytest.raises(SupersededError):
-        old.publish("step-4", tmp_path / "step-4")
+        old.publish(tmp_path / "step-4")
     assert not (tmp_path / "step-4").exists()
     with pytest.raises(FileNotFoundError):
-        old.aside("step-8").mkdir()
+        old.aside(tmp_path / "step-8").mkdir()
     write_folder(new, "step-4", "new")
-    new.publish("step-4", tmp_path / "step-4")
+    new.publish(tmp_path / "step-4")
     assert (tmp_path / "step-4" / "file").read_text() == "new"
 
 
 def test_a_failed_replacement_leaves_what_was_there(tmp_path: Path) -> None:
-    old = Attempt.begin(tmp_path)
+    old = Attempt.begin([tmp_path])
     write_folder(old, "adapter", "first")
-    old.publish("adapter", tmp_path / "adapter")
-    Attempt.begin(tmp_path)
+    old.publish(tmp_path / "adapter")
+    Attempt.begin([tmp_path])
     with pytest.raises(SupersededError):
-        old.publish("adapter", tmp_path / "adapter")
+        old.publish(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "file").read_text() == "first"
 
 
@@ -115,3 +118,19 @@ def test_workers_that_join_write_as_one(tmp_path: Path) -> None:
     started(tmp_path)
     with pytest.raises(SupersededError):
         second.own_attempt.check()
+
+
+def test_checkpoints_behind_a_link_to_another_file_system(tmp_path: Path) -> None:
+    run, shared_memory = RunDir(tmp_path / "run"), Path("/dev/shm")
+    if not shared_memory.is_dir() or shared_memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system here")
+    with tempfile.TemporaryDirectory(dir=shared_memory) as other:
+        run.path.mkdir()
+        run.checkpoints_dir.symlink_to(other)
+        old, new = started(run.path), started(run.path)
+        final = run.checkpoint_dir(4)
+        new.own_attempt.aside(final).mkdir()
+        new.own_attempt.publish(final)
+        assert final.is_dir()
+        with pytest.raises(FileNotFoundError):
+            old.own_attempt.aside(run.checkpoint_dir(8)).mkdir()

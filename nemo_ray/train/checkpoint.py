@@ -70,7 +70,7 @@ class Checkpointer:
                 use_non_blocking_copy=on_gpu,
             )
         )
-        self._on_the_way: tuple[str, Future[Any]] | None = None
+        self._on_the_way: tuple[Path, Future[Any]] | None = None
 
     def start(self, state: TrainState, best: int | None = None) -> None:
         """Begin `checkpoints/step-N`. When it has its name, the oldest beyond `keep` are deleted, but never
@@ -87,13 +87,12 @@ class Checkpointer:
         attempt = self._run.own_attempt
 
         def publish() -> None:
-            final.parent.mkdir(exist_ok=True)
-            attempt.publish(final.name, final)
+            attempt.publish(final)
             if self._keep is not None:
                 for step in steps_to_delete(self._run.checkpoint_steps(), self._keep, best):
                     remove_tree(self._run.checkpoint_dir(step))
 
-        writer = Writer(attempt.aside(final.name), dist.get_rank(), asdict(state), publish)
+        writer = Writer(attempt.aside(final), dist.get_rank(), asdict(state), publish)
         future = dcp.async_save(
             {**_tensors(self._parameters, self._optimizer), **_random_states()},
             storage_writer=writer,
@@ -101,7 +100,7 @@ class Checkpointer:
             async_stager=self._stager,
         )
         assert isinstance(future, Future)
-        self._on_the_way = (final.name, future)
+        self._on_the_way = (final, future)
 
     def check(self) -> None:
         """Raises: CheckpointError where the one on its way failed."""
@@ -115,7 +114,7 @@ class Checkpointer:
         """
         if self._on_the_way is None:
             return
-        name, future = self._on_the_way
+        final, future = self._on_the_way
         self._on_the_way = None
         try:
             future.result()
@@ -123,14 +122,12 @@ class Checkpointer:
             attempt = self._run.own_attempt
             attempt.check()
             cause = _cause(error)
-            free_bytes = shutil.disk_usage(attempt.folder).free
+            free_bytes = shutil.disk_usage(final.parent).free
             if free_bytes < FULL_DISK_BYTES:
                 cause = f"the disk is full ({free_bytes / 2**20:.1f} MiB free)"
             if dist.get_rank() == 0:
-                shutil.rmtree(attempt.aside(name), ignore_errors=True)
-            raise CheckpointError(
-                f"{self._run.checkpoints_dir / name} could not be written: {cause}"
-            ) from None
+                shutil.rmtree(attempt.aside(final), ignore_errors=True)
+            raise CheckpointError(f"{final} could not be written: {cause}") from None
 
 
 def _random_states() -> dict[str, torch.Tensor]:

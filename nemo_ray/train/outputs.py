@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nemo_ray.attempts import Attempt
 from nemo_ray.config.schema import Config, DatasetSpec, TrainSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
@@ -182,7 +181,8 @@ def _may_replace(run: RunDir) -> bool:
 
 def begin(run: RunDir, start: Start, plan: DataPlan) -> None:
     """Make the directory ready as `decide_start` said, and pin the data plan of a run that begins anew."""
-    Attempt.begin(run.path)  # workers of an earlier driver may be alive
+    run.path.mkdir(parents=True, exist_ok=True)
+    RunDir(run.path).begin_attempt()  # workers of an earlier driver may be alive: they write no more
     if start.replace:
         run.clear()
     run.clear_stop()

@@ -248,7 +248,7 @@ def export(
 ) -> None:
     """Write adapter/ or model/, whole or not at all."""
     final = run.model_dir if targets is None else run.adapter_dir
-    partial = run.own_attempt.aside(final.name)
+    partial = run.own_attempt.aside(final)
     template = config.chat_template
     saved = SavedBase(
         folder=base,
@@ -262,4 +262,4 @@ def export(
     else:
         save_adapter(trainee.model, config.adapter_config, targets, saved, partial, write)
     if write:
-        run.own_attempt.publish(final.name, final)
+        run.own_attempt.publish(final)

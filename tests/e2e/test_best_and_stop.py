@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from nemo_ray.run_dir import RunDir

@@ -127,7 +127,7 @@ def test_what_the_disk_does_not_give_back_gets_no_name(
     with pytest.raises(CheckpointError, match=r"step-2 could not be written: .*gives back other bytes"):
         save(run, parts, step=2, keep=1)
     assert run.checkpoint_steps() == [1] and damage(run.checkpoint_dir(1), 0, 1) is None
-    assert not any(run.own_attempt.folder.iterdir())
+    assert not run.own_attempt.aside(run.checkpoint_dir(2)).exists()
 
 
 def truncate(path: Path) -> None:
