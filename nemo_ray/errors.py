@@ -44,6 +44,10 @@ class ClusterError(NemoRayError):
     """The Ray cluster cannot run this job: too few CPUs or GPUs, not reachable, or a worker was lost."""
 
 
+class ReclaimedError(ClusterError):
+    """A node is taken back by its owner: what was trained is saved, and the run goes on elsewhere."""
+
+
 def tell(error: NemoRayError) -> int:
     """What a command does with such an error: a line each on standard error; returns the exit code."""
     for line in str(error).splitlines():

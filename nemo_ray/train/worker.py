@@ -6,7 +6,7 @@ It owns the order in which the parts are made. Ray is used for the rank, the dev
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,10 +57,21 @@ def train_worker(train_loop_config: Mapping[str, Any]) -> dict[str, Any]:
         train_loop_config["spec"],
         torch.device(ray.train.torch.get_device()),
         lambda m: ray.train.report(dict(m)),
+        node_is_reclaimed,
     )
 
 
-def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str, Any]:
+def node_is_reclaimed() -> bool:
+    """Whether Ray was told that a node of this run is going away, as spot instances do."""
+    # Ray 2.60's public get_preemption_info waits for all workers and the controller: too long for every step.
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+def run_worker(
+    spec: WorkerSpec, device: torch.device, report: Any, reclaimed: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """The same without Ray: a process group must exist."""
     config, run = spec.config, RunDir(spec.output_dir)
     rank = dist.get_rank()
@@ -90,7 +101,8 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
     if rank == 0:
         missing = missing_kernels(device)
         notices = [missing] if missing is not None else []
-        run.update_run({"model": count_parameters(trainee.model), "start": seconds, "notices": notices})
+        facts = {"model": count_parameters(trainee.model), "start": seconds, "notices": notices}
+        run.update_run({**facts, "world_size": dist.get_world_size()})
 
     state = TrainState()
     folder = choose_checkpoint(config.resume_from_checkpoint, run)
@@ -98,7 +110,9 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
         state = load_checkpoint(folder, trainee.parameters, trainee.optimizer)
     repair = repairer(spec.plan, config.data, hub.reference(config))
     with tracked(config, spec.plan, run, state.step, rank) as ending:
-        trainer = Trainer(trainee, config.train, spec.plan, run, report, state, repair)
+        asked = config.ray.num_workers
+        split_over = asked[1] if isinstance(asked, tuple) else None
+        trainer = Trainer(trainee, config.train, spec.plan, run, report, state, repair, split_over, reclaimed)
         if config.gradient_checkpointing == "auto" and device.type == "cuda":
             kept = trainer.update.keep_activations(config.sequence_len)
             if rank == 0:
