@@ -1,4 +1,4 @@
-"""A Ray cluster on loopback that a test starts and ends itself: a head, and nodes with raylets of their own."""
+"""A Ray cluster on loopback that a test starts and ends itself: a head, and nodes with their own raylets."""
 
 import os
 import secrets
