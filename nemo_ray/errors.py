@@ -36,12 +36,20 @@ class NonFiniteError(NemoRayError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
+class SupersededError(NemoRayError):
+    """A newer start of the same run took over: this one must not write any more."""
+
+
 class PatchError(NemoRayError):
     """The installed libraries do not fit the patches, or the patched model computes wrong values."""
 
 
 class ClusterError(NemoRayError):
     """The Ray cluster cannot run this job: too few CPUs or GPUs, not reachable, or a worker was lost."""
+
+
+class ReclaimedError(ClusterError):
+    """A node is taken back by its owner: what was trained is saved, and the run goes on elsewhere."""
 
 
 def tell(error: NemoRayError) -> int:

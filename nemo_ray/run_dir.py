@@ -11,7 +11,7 @@
     rejected.jsonl     the rows that cannot be used, and why;  data.html: the data to look at, kept by `clear`
     progress.json      where the run is now;  stop: somebody asked it to end;  error.log: the full traceback
     prepared/          shards, where no dataset_prepared_path is given. Content-addressed: kept by `clear`
-    .ray/              Ray Train's own storage
+    .ray/              Ray Train's own storage;  .attempts/: see attempts.py
 
 Everything lies on one file system that driver and workers share. What the rows mean is the callers' business.
 """
@@ -21,8 +21,9 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
+from nemo_ray.attempts import Attempt
 from nemo_ray.storage import publish_bytes, publish_json, read_json, remove_tree
 
 PREPARED_NAME = "prepared"
@@ -60,7 +61,27 @@ class RunDir:
         self.wandb_dir = self.path / "wandb"
         self.trackers_file = self.path / "trackers.json"
         self.prepared_dir = self.path / PREPARED_NAME
+        self.attempt: Attempt | None = None
         self._listener: MetricsListener | None = None
+        self._metrics: BinaryIO | None = None
+
+    # -- who may write ----------------------------------------------------------------------------
+
+    def begin_attempt(self) -> Attempt:
+        """Take over from every earlier start of this run's workers; returns this one."""
+        # Checkpoints may lie on another disk, behind a link.
+        self.attempt = Attempt.begin((self.path, self.checkpoints_dir))
+        return self.attempt
+
+    @property
+    def own_attempt(self) -> Attempt:
+        """The attempt that this object writes as."""
+        assert self.attempt is not None, "begin_attempt comes first"
+        return self.attempt
+
+    def _check_attempt(self) -> None:
+        if self.attempt is not None:
+            self.attempt.check()
 
     # -- does a run live here, and what else ------------------------------------------------------
 
@@ -83,14 +104,14 @@ class RunDir:
     def has_results(self) -> bool:
         """Whether anything was recorded: a metrics row, a completion, a checkpoint, an adapter, a model."""
         return any(
-            path.exists() and (any(path.iterdir()) if path.is_dir() else path.stat().st_size > 0)
+            path.exists() and (_holds_any(path) if path.is_dir() else path.stat().st_size > 0)
             for path in self._results()
         )
 
     def has_trained(self) -> bool:
         """Whether there is something to continue or to keep: a step, a checkpoint, an adapter, a model."""
         folders = (self.checkpoints_dir, self.adapter_dir, self.model_dir)
-        return any(path.is_dir() and any(path.iterdir()) for path in folders) or any(
+        return any(path.is_dir() and _holds_any(path) for path in folders) or any(
             row["step"] > 0 for row in self.read_metrics()
         )
 
@@ -126,7 +147,11 @@ class RunDir:
         return dict(_read_json_or_none(self.run_json) or {})
 
     def update_run(self, facts: Mapping[str, Any]) -> None:
-        """Merge top-level keys into run.json. One writer at a time: the driver, while it trains rank 0."""
+        """Merge top-level keys into run.json. One writer at a time: the driver, while it trains rank 0.
+
+        Raises: SupersededError
+        """
+        self._check_attempt()
         self.write_run({**self.read_run(), **facts})
 
     def add_notice(self, line: str) -> None:
@@ -145,7 +170,11 @@ class RunDir:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one row, flush it, and tell the listener."""
-        _append_jsonl(self.metrics_file, row)
+        if self._metrics is not None:
+            self._metrics.write(_line(row))
+            self._metrics.flush()
+        else:
+            _append_jsonl(self.metrics_file, row)
         if self._listener is not None:
             self._listener.log(row)
 
@@ -163,12 +192,29 @@ class RunDir:
         return _read_jsonl(self.metrics_file)
 
     def truncate_metrics(self, step: int) -> None:
-        """Keep the rows up to and including `step`: what came after it is trained again."""
-        if self.metrics_file.exists():
-            _write_jsonl(self.metrics_file, [row for row in self.read_metrics() if row["step"] <= step])
+        """Keep the rows up to and including `step`: what came after it is trained again.
+
+        The file is a new one, which this object appends to from here on. Raises SupersededError.
+        """
+        self._check_attempt()
+        self.close_metrics()
+        partial = self._aside(self.metrics_file)
+        # Opened before it has its name: by then the name may be that of a newer attempt's file.
+        self._metrics = open(partial, "wb")  # noqa: SIM115  it stays open
+        self._metrics.writelines(_line(row) for row in self.read_metrics() if row["step"] <= step)
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        self._publish(partial, self.metrics_file)
+
+    def close_metrics(self) -> None:
+        """Append no more rows to the file that `truncate_metrics` opened."""
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
 
     def append_completion(self, row: Mapping[str, Any]) -> None:
-        """Append {"prompt", "completion", "stage", "step"}."""
+        """Append {"prompt", "completion", "stage", "step"}. Raises SupersededError."""
+        self._check_attempt()
         _append_jsonl(self.completions_file, row)
 
     def read_completions(self) -> list[dict[str, Any]]:
@@ -204,7 +250,11 @@ class RunDir:
     # -- batches that were skipped ----------------------------------------------------------------
 
     def write_nonfinite(self, step: int, rank: int, facts: Mapping[str, Any], keep: int) -> None:
-        """Write one rank's part of a skipped step's batch; the rank's oldest files beyond `keep` go."""
+        """Write one rank's part of a skipped step's batch; the rank's oldest files beyond `keep` go.
+
+        Raises: SupersededError
+        """
+        self._check_attempt()
         publish_json(self.nonfinite_dir / f"step-{step}-rank-{rank}.json", dict(facts))
         own = self.nonfinite_dir.glob(f"step-*-rank-{rank}.json")
         for path in sorted(own, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
@@ -213,10 +263,14 @@ class RunDir:
     # -- progress and stop ------------------------------------------------------------------------
 
     def write_progress(self, progress: Mapping[str, Any]) -> None:
-        """Say where the run is. Atomic, not fsynced: it is written often and worth nothing after a crash."""
-        partial = self.path / ".progress.json.partial"  # rank 0 alone writes it
+        """Say where the run is. Atomic, not fsynced: it is written often and worth nothing after a crash.
+
+        Raises: SupersededError
+        """
+        self._check_attempt()
+        partial = self._aside(self.progress_file)  # rank 0 alone writes it
         partial.write_text(json.dumps(dict(progress)), encoding="utf-8")
-        os.replace(partial, self.progress_file)
+        self._publish(partial, self.progress_file)
 
     def read_progress(self) -> dict[str, Any]:
         """The newest progress, or {} before the first."""
@@ -235,6 +289,23 @@ class RunDir:
         self.stop_file.unlink(missing_ok=True)
         self.progress_file.unlink(missing_ok=True)
 
+    # -- writing aside ----------------------------------------------------------------------------
+
+    def _aside(self, path: Path) -> Path:
+        if self.attempt is not None:
+            return self.attempt.aside(path)
+        return path.with_name(f".{path.name}.partial")
+
+    def _publish(self, partial: Path, path: Path) -> None:
+        if self.attempt is not None:
+            self.attempt.publish(path)
+        else:
+            os.replace(partial, path)
+
+
+def _holds_any(folder: Path) -> bool:
+    return any(not path.name.startswith(".") for path in folder.iterdir())
+
 
 def _read_json_or_none(path: Path) -> Any:
     try:
@@ -245,9 +316,16 @@ def _read_json_or_none(path: Path) -> Any:
 
 def _append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
-        file.flush()
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a kill cut the last row short: it ends here
+                file.write(b"\n")
+        file.write(_line(row))
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(row), ensure_ascii=False).encode() + b"\n"
 
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -262,7 +340,3 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
         except ValueError:  # cut short by a kill
             continue
     return rows
-
-
-def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    publish_bytes(path, b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))

@@ -273,15 +273,29 @@ def remove(path: str) -> None:
 
 
 def publish_folder(partial: str | Path, path: str | Path) -> None:
-    """Give a finished folder its name, replacing what was there."""
+    """Give a finished folder its name, replacing what was there. The name outlives a power failure."""
     partial, path = Path(partial), Path(path)
     if path.exists():
         retired = _aside(path)
         os.replace(path, retired)
-        os.replace(partial, path)
+        try:
+            os.replace(partial, path)
+        except OSError:
+            os.replace(retired, path)
+            raise
         shutil.rmtree(retired, ignore_errors=True)
     else:
         os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Have the names in a folder written to the disk, not only to memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove_tree(path: str | Path) -> None:

@@ -5,7 +5,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,13 @@ def _member(rank: int, world: int, file: str, function: Callable[..., None], arg
     # Not by Python's own end: gloo's threads (torch 2.13) may hold the last tensors, and one that frees such
     # a tensor while the interpreter ends is ended by Python 3.11, which aborts the process.
     os._exit(code)
+
+
+@contextmanager
+def group_of_one() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

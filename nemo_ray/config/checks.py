@@ -145,7 +145,18 @@ def _cluster_rules(config: Config) -> Iterator[str]:
     sizes = {"dp_shard_size": config.dp_shard_size, "dp_replicate_size": config.dp_replicate_size}
     given = {name: size for name, size in sizes.items() if size is not None}
     workers = config.ray.num_workers
-    if workers is not None and given:
+    if isinstance(workers, tuple):
+        if given:
+            yield (
+                f"{next(iter(given))} needs a fixed number of workers, and ray.num_workers is "
+                f"{list(workers)}; remove one of them"
+            )
+        if config.optimizer == "adamw_8bit":
+            yield (
+                "optimizer: adamw_8bit has states that fit one number of workers, and ray.num_workers is "
+                f"{list(workers)}; set one number, or optimizer: adamw_torch"
+            )
+    elif workers is not None and given:
         product = 1
         for size in given.values():
             product *= size

@@ -52,6 +52,12 @@ def _metric(value: str) -> str:
     return value if value.startswith("eval_") else f"eval_{value}"
 
 
+def _fewest_and_most(value: tuple[int, int]) -> tuple[int, int]:
+    if value[0] > value[1]:
+        raise ValueError("the first is the larger one")
+    return value
+
+
 Bool = Annotated[bool, Strict(), Kind("true or false")]
 Text = Annotated[str, Field(min_length=1), Kind("text")]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser), Kind("a path")]
@@ -62,6 +68,10 @@ PathList = Annotated[tuple[PathText, ...], BeforeValidator(_as_list), Kind("a li
 PositiveInt = Annotated[int, Strict(), Field(gt=0), Kind("a whole number above 0")]
 NonNegativeInt = Annotated[int, Strict(), Field(ge=0), Kind("a whole number, 0 or more")]
 FailureCount = Annotated[int, Strict(), Field(ge=-1), Kind("a whole number, 0 or more, or -1 for no limit")]
+Workers = Annotated[
+    PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_fewest_and_most)],
+    Kind("a whole number above 0, or [the fewest, the most]"),
+]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32), Kind("a whole number from 0 to 4294967295")]
 Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), Kind("a number above 0")]
 NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False), Kind("a number, 0 or more")]

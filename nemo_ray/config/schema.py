@@ -32,6 +32,7 @@ from nemo_ray.config.kinds import (
     Seed,
     Text,
     TextList,
+    Workers,
 )
 
 SectionT = TypeVar("SectionT", bound="Section")
@@ -524,9 +525,11 @@ class RaySection(Section):
         None,
         description="Cluster to connect to; without it (and without RAY_ADDRESS) a local Ray is started.",
     )
-    num_workers: PositiveInt | None = Field(
+    num_workers: Workers | None = Field(
         None,
-        description="Training workers. Required on a cluster.",
+        description="Training workers. Required on a cluster. `[the fewest, the most]`: it starts, and goes "
+        "on after a loss, with as many as there is room for. A step is that of the most, whatever their "
+        "number: it changes no result.",
         json_schema_extra={"default_text": "this machine's GPUs, else 1"},
     )
     use_gpu: Bool | None = Field(

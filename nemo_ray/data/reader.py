@@ -31,7 +31,7 @@ class StepPacks:
     """What one optimizer step reads."""
 
     packs: tuple[Pack, ...]
-    """This rank's: exactly packs_per_step / world_size, all-masked where the epoch ran out."""
+    """This rank's: packs_per_rank of them, all-masked where there are no more in the step."""
     drawn: tuple[tuple[str, int], ...]
     """(window's key, pack of its shard) of each pack of the WHOLE step in order, without fillers."""
     cursor: int
@@ -128,10 +128,12 @@ class _Ranks:
         rank: int,
         world_size: int,
         packs_per_step: int,
+        packs_per_rank: int | None,
         timeout_s: float,
         repair: Repair | None,
     ) -> None:
-        assert 0 <= rank < world_size and packs_per_step > 0 and packs_per_step % world_size == 0
+        self._packs_per_rank = packs_per_rank or packs_per_step // world_size
+        assert 0 <= rank < world_size and 0 < packs_per_step <= self._packs_per_rank * world_size
         self.plan = plan
         self.shards = _Shards(plan, timeout_s, repair)
         self.packs_per_step = packs_per_step
@@ -143,7 +145,7 @@ class _Ranks:
         """Read this rank's packs."""
         packs = [
             self.shards.read(reads[i]) if i < len(reads) else self._filler
-            for i in range(self._rank, self.packs_per_step, self._world_size)
+            for i in range(self._rank, self._packs_per_rank * self._world_size, self._world_size)
         ]
         drawn = tuple((read.window.key, read.pack) for read in reads)
         return StepPacks(tuple(packs), drawn, cursor, place, epoch, end_of_epoch, self.shards.waited_s())
@@ -156,9 +158,10 @@ class _Ranks:
 class PackReader:
     """The training packs of one rank, from the beginning or from `place` on (StepPacks.place).
 
-    `packs_per_step` is global: world_size * micro_batch_size * gradient_accumulation_steps. `num_epochs`
-    may be fractional, or math.inf. Reads raise DataError when preparation failed, gave no new shard for
-    `timeout_s`, or left a damaged shard and there is no `repair`.
+    `packs_per_step` is global. `packs_per_rank`: where it does not divide by the workers, how many each gets,
+    some of them all-masked; packs_per_step / world_size by default. `num_epochs` may be fractional, or
+    math.inf. Reads raise DataError when preparation failed, gave no new shard for `timeout_s`, or left a
+    damaged shard and there is no `repair`.
     """
 
     def __init__(
@@ -170,11 +173,12 @@ class PackReader:
         rank: int,
         world_size: int,
         packs_per_step: int,
+        packs_per_rank: int | None = None,
         place: Mapping[str, Any] | None = None,
         timeout_s: float = 1800.0,
         repair: Repair | None = None,
     ) -> None:
-        self._ranks = _Ranks(plan, rank, world_size, packs_per_step, timeout_s, repair)
+        self._ranks = _Ranks(plan, rank, world_size, packs_per_step, packs_per_rank, timeout_s, repair)
         self._plan = plan
         self._seed = seed
         self._num_epochs = num_epochs
@@ -237,7 +241,7 @@ class EvalReader:
         timeout_s: float = 1800.0,
         repair: Repair | None = None,
     ) -> None:
-        self._ranks = _Ranks(plan, rank, world_size, packs_per_step, timeout_s, repair)
+        self._ranks = _Ranks(plan, rank, world_size, packs_per_step, None, timeout_s, repair)
         self._plan = plan
         self._cursor = 0
         self._reads = self._all()

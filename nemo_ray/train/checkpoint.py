@@ -1,13 +1,15 @@
 """Training checkpoints: what trains, its optimizer state, and where the run was, in one folder.
 
-Written with torch.distributed.checkpoint, so that it can be read on another number of workers. The frozen
-base is not in it. A folder is complete if and only if it holds state.json; it gets its name last.
+Written while training goes on, with torch.distributed.checkpoint, so that it can be read on another number
+of workers. The frozen base is not in it. A folder is complete if and only if it holds state.json; it gets its
+name last. What the files are like is checkpoint_files.py's.
 """
 
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from nemo_ray.errors import CheckpointError
 from nemo_ray.run_dir import RunDir
-from nemo_ray.storage import publish_folder, publish_json, read_json, remove_tree
+from nemo_ray.storage import read_json, remove_tree
 from nemo_ray.train.best import steps_to_delete
+from nemo_ray.train.checkpoint_files import STATE_NAME, Reader, Writer
 from nemo_ray.train.optim import AdamW, AdamW8bit
 
 FULL_DISK_BYTES = 16 * 2**20
@@ -46,53 +50,99 @@ def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> di
     return state | {f"{_OPTIMIZER}{name}": value for name, value in optimizer.named_states().items()}
 
 
-def save_checkpoint(
-    run: RunDir,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: Optimizer,
-    state: TrainState,
-    keep: int | None,
-    best: int | None = None,
-) -> None:
-    """Write `checkpoints/step-N`; every rank calls it. Rank 0 then deletes the oldest beyond `keep`, but
-    never that of step `best`.
+class Checkpointer:
+    """Writes checkpoints of one run, one at a time, while training goes on; every rank has one.
 
-    Raises: CheckpointError where the disk does not take it.
+    `start` copies what is saved to the CPU and returns. The rest, until the checkpoint has its name, happens
+    in a thread with a process group of its own. `keep`: how many checkpoints stay.
     """
-    final = run.checkpoint_dir(state.step)
-    if (final / "state.json").exists():
-        return
-    partial = final.with_name(f".{final.name}.partial")
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    tensors = _tensors(parameters, optimizer)
-    tensors[f"rng/{dist.get_rank()}"] = torch.get_rng_state()
-    try:
-        dcp.save(tensors, checkpoint_id=partial)
-        if first:
-            run.flush_metrics()  # a run that goes on from here sends no row up to this step again
-            publish_json(partial / "state.json", asdict(state))
-            publish_folder(partial, final)
-            if keep is not None:
-                for step in steps_to_delete(run.checkpoint_steps(), keep, best):
-                    remove_tree(run.checkpoint_dir(step))
-    except (OSError, dcp.api.CheckpointException) as error:
-        cause = _cause(error)
-        free_bytes = shutil.disk_usage(partial.parent).free
-        if free_bytes < FULL_DISK_BYTES:  # torch's writer says something about positions then
-            cause = f"the disk is full ({free_bytes / 2**20:.1f} MiB free)"
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{final} could not be written: {cause}") from None
-    dist.barrier()
+
+    def __init__(
+        self, run: RunDir, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, keep: int | None
+    ) -> None:
+        self._run, self._parameters, self._optimizer, self._keep = run, parameters, optimizer, keep
+        self._group = dist.new_group(backend="gloo")
+        on_gpu = any(parameter.is_cuda for parameter in parameters.values())
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_gpu,
+            )
+        )
+        self._on_the_way: tuple[Path, Future[Any]] | None = None
+
+    def start(self, state: TrainState, best: int | None = None) -> None:
+        """Begin `checkpoints/step-N`. When it has its name, the oldest beyond `keep` are deleted, but never
+        that of step `best`.
+
+        Raises: CheckpointError where the one before failed.
+        """
+        self.wait()
+        final = self._run.checkpoint_dir(state.step)
+        if (final / STATE_NAME).exists():
+            return
+        if dist.get_rank() == 0:
+            self._run.flush_metrics()  # a run that goes on from here sends no row up to this step again
+        attempt = self._run.own_attempt
+
+        def publish() -> None:
+            attempt.publish(final)
+            if self._keep is not None:
+                for step in steps_to_delete(self._run.checkpoint_steps(), self._keep, best):
+                    remove_tree(self._run.checkpoint_dir(step))
+
+        writer = Writer(attempt.aside(final), dist.get_rank(), asdict(state), publish)
+        future = dcp.async_save(
+            {**_tensors(self._parameters, self._optimizer), **_random_states()},
+            storage_writer=writer,
+            process_group=self._group,
+            async_stager=self._stager,
+        )
+        assert isinstance(future, Future)
+        self._on_the_way = (final, future)
+
+    def check(self) -> None:
+        """Raises: CheckpointError where the one on its way failed."""
+        if self._on_the_way is not None and self._on_the_way[1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no checkpoint is on its way.
+
+        Raises: CheckpointError where it failed, SupersededError where a newer start of the run took over.
+        """
+        if self._on_the_way is None:
+            return
+        final, future = self._on_the_way
+        self._on_the_way = None
+        try:
+            future.result()
+        except (OSError, dcp.api.CheckpointException) as error:
+            attempt = self._run.own_attempt
+            attempt.check()
+            cause = _cause(error)
+            free_bytes = shutil.disk_usage(final.parent).free
+            if free_bytes < FULL_DISK_BYTES:
+                cause = f"the disk is full ({free_bytes / 2**20:.1f} MiB free)"
+            if dist.get_rank() == 0:
+                shutil.rmtree(attempt.aside(final), ignore_errors=True)
+            raise CheckpointError(f"{final} could not be written: {cause}") from None
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    """The states of this worker's generators of random numbers."""
+    rank = dist.get_rank()
+    states = {f"rng/{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"rng/gpu-{rank}"] = torch.cuda.get_rng_state()
+    return states
 
 
 def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
     """Read what trains, without the optimizer, from a checkpoint of this run; every rank calls it."""
-    dcp.load({name: parameter.detach() for name, parameter in parameters.items()}, checkpoint_id=folder)
+    _load({name: parameter.detach() for name, parameter in parameters.items()}, folder)
 
 
 def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> TrainState:
@@ -100,24 +150,41 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimi
 
     Raises: CheckpointError where it is not complete, or of another adapter.
     """
-    try:
-        state = TrainState(**read_json(folder / "state.json"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"resume_from_checkpoint: {folder} is no complete checkpoint (no state.json)"
-        ) from None
+    state = read_state(folder)
     optimizer.start_states()
     tensors = _tensors(parameters, optimizer)
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = Reader(folder).read_metadata().state_dict_metadata
     _check_same(folder, tensors, saved)
-    rng = f"rng/{dist.get_rank()}"
-    if rng in saved:
-        tensors[rng] = torch.get_rng_state()
-    dcp.load(tensors, checkpoint_id=folder)
-    if rng in saved:
-        torch.set_rng_state(tensors[rng])
+    random_states = {name: value for name, value in _random_states().items() if name in saved}
+    tensors |= random_states
+    _load(tensors, folder)
+    for name in random_states:
+        put = torch.cuda.set_rng_state if "/gpu-" in name else torch.set_rng_state
+        put(tensors[name])
     optimizer.put_states({name.removeprefix(_OPTIMIZER): tensors[name] for name in tensors})
     return state
+
+
+def read_state(folder: Path) -> TrainState:
+    """Where the run was at a checkpoint. Raises: CheckpointError where it is not complete."""
+    try:
+        facts = read_json(folder / STATE_NAME)
+        return TrainState(**{field.name: facts[field.name] for field in fields(TrainState)})
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {folder} is no complete checkpoint (no {STATE_NAME})"
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"resume_from_checkpoint: {folder / STATE_NAME} cannot be read: {error!r}"
+        ) from None
+
+
+def _load(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    try:
+        dcp.load(tensors, storage_reader=Reader(folder))
+    except dcp.api.CheckpointException as error:
+        raise CheckpointError(_cause(error)) from None
 
 
 def _check_same(folder: Path, wanted: Mapping[str, torch.Tensor], saved: Mapping[str, Any]) -> None:

@@ -42,7 +42,9 @@ def fit(
         # gloo beside NCCL: counts and checkpoints are exchanged on the CPU, and never wait for the GPU.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=wanted.num_workers,
+            num_workers=wanted.num_workers
+            if wanted.at_least is None
+            else (wanted.at_least, wanted.num_workers),
             use_gpu=wanted.use_gpu,
             resources_per_worker=wanted.per_worker,
             accelerator_type=section.accelerator_type,

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.reader import PackReader, Repair, StepPacks
-from nemo_ray.errors import DataError
+from nemo_ray.errors import DataError, ReclaimedError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.best import EVAL_LOSS, Best, best_of
-from nemo_ray.train.checkpoint import TrainState, save_checkpoint
+from nemo_ray.train.checkpoint import Checkpointer, TrainState
 from nemo_ray.train.evaluation import Evaluator
 from nemo_ray.train.metrics import FiguresOnTheWay, extend_hash, passed_multiple, peak_memory_bytes
 from nemo_ray.train.nonfinite import NonFiniteSteps, or_none
@@ -44,14 +44,22 @@ class Trainer:
         report: Report,
         state: TrainState,
         repair: Repair,
+        split_over: int | None = None,
+        reclaimed: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`split_over`: the number of workers that micro_batch_size and gradient_accumulation_steps are meant
+        for, where there may be fewer now. `reclaimed`: whether a node of the run is being taken back."""
+        self.reclaimed = reclaimed
         self.trainee, self.train, self.plan, self.run_dir, self.report = trainee, train, plan, run, report
         self.state, self.repair = state, repair
         self.update = Update(trainee, train)
         self.evaluator = Evaluator(trainee, plan, train.micro_batch_size, repair)
+        self.checkpointer = Checkpointer(run, trainee.parameters, trainee.optimizer, train.save_total_limit)
         self.best = Best(train)
         self.stopped_early: dict[str, int] | None = None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        per_worker = train.micro_batch_size * train.gradient_accumulation_steps
+        self._packs_per_step = (split_over or self.world_size) * per_worker
         self.eval_loss: float | None = None
         self.started_s = time.monotonic()
         self.started_progress = self._progress(state.epoch, state.step)
@@ -75,7 +83,8 @@ class Trainer:
             num_epochs=math.inf if self.train.max_steps else self.train.num_epochs,
             rank=self.rank,
             world_size=self.world_size,
-            packs_per_step=self.world_size * self._packs_per_rank(),
+            packs_per_step=self._packs_per_step,
+            packs_per_rank=self._packs_per_rank(),
             place=self.state.place,
             repair=self.repair,
         )
@@ -97,19 +106,24 @@ class Trainer:
         if finished and self._evaluated_step != self.state.step:
             self.evaluate()
         self.save()
+        self.checkpointer.wait()
         return finished
 
     def step(self, packs: StepPacks) -> bool:
         """One optimizer step, and what is due after it; False where a stop was asked for and nothing done."""
         before = self._progress(self.state.epoch, self.state.step)
         after = self._progress(packs.epoch, self.state.step + 1)
-        num_targets, num_tokens, stop = self._sum_over_workers(
+        num_targets, num_tokens, stop, reclaimed = self._sum_over_workers(
             sum(pack.num_targets for pack in packs.packs),
             sum(pack.num_tokens for pack in packs.packs),
             int(self.rank == 0 and self.run_dir.stop_requested()),
+            int(self.reclaimed()),
         )
         if stop:
             return False
+        if reclaimed:
+            self._leave()
+        self.checkpointer.check()
         rate = learning_rate(self.train, self.state.step, before, after)
         loss_sum, grad_norm = self.update(packs.packs, num_targets, rate)
         self.state.step += 1
@@ -167,21 +181,24 @@ class Trainer:
         self.write_progress("training", now=True)
 
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless that exists or nothing was trained."""
+        """Begin a checkpoint of the current step, unless that exists or nothing was trained; it is written
+        while training goes on."""
         if self.state.step == 0 or self._saved_step == self.state.step:
             return
         self.write_progress("saving", now=True)
-        save_checkpoint(
-            self.run_dir,
-            self.trainee.parameters,
-            self.trainee.optimizer,
-            self.state,
-            self.train.save_total_limit,
-            self.best.step if self.train.load_best_model_at_end else None,
-        )
+        self.checkpointer.start(self.state, self.best.step if self.train.load_best_model_at_end else None)
         self._saved_step = self.state.step
         self.report({"step": self.state.step, "eval_loss": self.eval_loss})
         self.write_progress("training", now=True)
+
+    def _leave(self) -> None:
+        """Save, and end this start of the workers: the next one goes on where there is room."""
+        self._log_last()
+        self.save()
+        self.checkpointer.wait()
+        raise ReclaimedError(
+            f"a node of this run is being taken back (preempted): saved after step {self.state.step}"
+        )
 
     # -- small parts -----------------------------------------------------------------------------
 
@@ -197,7 +214,9 @@ class Trainer:
                 self._evaluated_step = self.state.step
 
     def _packs_per_rank(self) -> int:
-        return self.train.micro_batch_size * self.train.gradient_accumulation_steps
+        """Whole micro-batches for every worker, as many as the step needs."""
+        micro = self.train.micro_batch_size
+        return math.ceil(self._packs_per_step / (self.world_size * micro)) * micro
 
     def _progress(self, epoch: float, step: int) -> float:
         """Part of the run that is done, 0 to 1: by steps where max_steps is set, else by rows."""
@@ -234,6 +253,7 @@ class Trainer:
             self._log(row | {"loss": or_none(loss), "grad_norm": or_none(norm), "step_s": step_s})
         if self.nonfinite.too_many:
             self.save()  # of the weights before these steps, for none came between
+            self.checkpointer.wait()
             raise self.nonfinite.error(self.run_dir.checkpoint_dir(self.state.step))
 
     def _log(self, row: dict[str, Any]) -> None:

@@ -181,9 +181,10 @@ def _may_replace(run: RunDir) -> bool:
 
 def begin(run: RunDir, start: Start, plan: DataPlan) -> None:
     """Make the directory ready as `decide_start` said, and pin the data plan of a run that begins anew."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    RunDir(run.path).begin_attempt()  # workers of an earlier driver may be alive: they write no more
     if start.replace:
         run.clear()
-    run.path.mkdir(parents=True, exist_ok=True)
     run.clear_stop()
     run.error_file.unlink(missing_ok=True)
     if start.checkpoint is not None and start.checkpoint.resolve().parent == run.checkpoints_dir.resolve():

@@ -17,9 +17,12 @@ class Demand:
     """What Ray Train will ask for."""
 
     num_workers: int
+    """The most; steps are split over so many."""
     use_gpu: bool
     per_worker: dict[str, float]
     """Ray resources of one worker, complete: CPU, GPU where used, and what the configuration adds."""
+    at_least: int | None = None
+    """How many are enough to start, and to go on after a loss; None where all are needed."""
 
     @property
     def worker_cpus(self) -> float:
@@ -60,7 +63,9 @@ def demand(config: Config, num_gpus: float) -> Demand:
     """
     ray = config.ray
     use_gpu = ray.use_gpu if ray.use_gpu is not None else num_gpus > 0
-    num_workers = ray.num_workers or (max(1, int(num_gpus)) if use_gpu else 1)
+    here = max(1, int(num_gpus)) if use_gpu else 1
+    asked = ray.num_workers
+    at_least, num_workers = asked if isinstance(asked, tuple) else (None, asked or here)
     check_mesh(num_workers, config.dp_shard_size, config.dp_replicate_size)
     per_worker = {"CPU": 1.0, **ray.resources_per_worker}
     if use_gpu:
@@ -71,7 +76,7 @@ def demand(config: Config, num_gpus: float) -> Demand:
         )
     if per_worker["CPU"] <= 0:
         raise ConfigError("ray.resources_per_worker: CPU is 0, but Ray needs more than that; 0.01 works")
-    return Demand(num_workers, use_gpu, per_worker)
+    return Demand(num_workers, use_gpu, per_worker, at_least)
 
 
 def check_mesh(num_workers: int, shard: int | None, replicate: int | None) -> None:
@@ -116,7 +121,7 @@ def place(wanted: Demand, nodes: Sequence[Mapping[str, float]], accelerator_type
         here = min(room, left)
         left -= here
         spare = max(spare, node.get("CPU", 0.0) - here * per_worker["CPU"])
-    if left > 0:
+    if wanted.num_workers - left < (wanted.at_least or wanted.num_workers):
         raise ClusterError(_does_not_fit(wanted, per_worker, nodes, wanted.num_workers - left))
     if total_cpus < DATA_TASK_CPUS:
         raise ClusterError(
@@ -132,9 +137,10 @@ def _does_not_fit(
     def amounts(values: Mapping[str, float]) -> str:
         return " + ".join(f"{values.get(name, 0.0):g} {name}" for name in per_worker)
 
+    needed = wanted.at_least or wanted.num_workers
     totals = {name: sum(node.get(name, 0.0) for node in nodes) for name in per_worker}
     return (
-        f"{wanted.num_workers} workers with {amounts(per_worker)} each do not fit: the cluster has "
+        f"{needed} workers with {amounts(per_worker)} each do not fit: the cluster has "
         f"{amounts(totals)} on {len(nodes)} node(s), room for {fitting}; set "
         f"ray.num_workers={max(fitting, 1)}, lower ray.resources_per_worker, or add nodes"
     )

@@ -93,6 +93,8 @@ def describe_workers(wanted: Demand, config: Config, where: str) -> str:
     """How many workers, with what, laid out how."""
     replicate, shard = mesh(wanted.num_workers, config.dp_shard_size, config.dp_replicate_size)
     each = " + ".join(f"{amount:g} {name}" for name, amount in sorted(wanted.per_worker.items()))
+    if wanted.at_least is not None:
+        return f"{wanted.at_least} to {wanted.num_workers} with {each} each, sharded over all, on {where}"
     return (
         f"{wanted.num_workers} with {each} each, mesh {replicate} x {shard} (replicate x shard), on {where}"
     )

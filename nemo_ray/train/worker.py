@@ -6,7 +6,7 @@ It owns the order in which the parts are made. Ray is used for the rank, the dev
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,12 @@ from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import compile_kernels, self_test
 from nemo_ray.model.ssd import missing_kernels
 from nemo_ray.run_dir import RunDir
-from nemo_ray.storage import publish_folder, remove_tree
 from nemo_ray.train.checkpoint import TrainState, load_checkpoint, load_weights
 from nemo_ray.train.loop import Trainer
 from nemo_ray.train.loss import bind_loss
 from nemo_ray.train.optim import make_optimizer
 from nemo_ray.train.parallelize import Layout, parallelize
+from nemo_ray.train.starting import choose_checkpoint, take_over
 from nemo_ray.train.trackers import open_trackers
 from nemo_ray.train.update import Trainee
 
@@ -57,14 +57,26 @@ def train_worker(train_loop_config: Mapping[str, Any]) -> dict[str, Any]:
         train_loop_config["spec"],
         torch.device(ray.train.torch.get_device()),
         lambda m: ray.train.report(dict(m)),
+        node_is_reclaimed,
     )
 
 
-def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str, Any]:
+def node_is_reclaimed() -> bool:
+    """Whether Ray was told that a node of this run is going away, as spot instances do."""
+    # Ray 2.60's public get_preemption_info waits for all workers and the controller: too long for every step.
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
+
+
+def run_worker(
+    spec: WorkerSpec, device: torch.device, report: Any, reclaimed: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """The same without Ray: a process group must exist."""
     config, run = spec.config, RunDir(spec.output_dir)
     rank = dist.get_rank()
     torch.manual_seed(config.seed + rank)
+    take_over(run)
     base = fetch_base(config, run, rank)
     if rank == 0:
         run.write_progress({"phase": "loading"})
@@ -89,15 +101,18 @@ def run_worker(spec: WorkerSpec, device: torch.device, report: Any) -> dict[str,
     if rank == 0:
         missing = missing_kernels(device)
         notices = [missing] if missing is not None else []
-        run.update_run({"model": count_parameters(trainee.model), "start": seconds, "notices": notices})
+        facts = {"model": count_parameters(trainee.model), "start": seconds, "notices": notices}
+        run.update_run({**facts, "world_size": dist.get_world_size()})
 
     state = TrainState()
-    folder = checkpoint_to_resume(config.resume_from_checkpoint, run)
+    folder = choose_checkpoint(config.resume_from_checkpoint, run)
     if folder is not None:
         state = load_checkpoint(folder, trainee.parameters, trainee.optimizer)
     repair = repairer(spec.plan, config.data, hub.reference(config))
     with tracked(config, spec.plan, run, state.step, rank) as ending:
-        trainer = Trainer(trainee, config.train, spec.plan, run, report, state, repair)
+        asked = config.ray.num_workers
+        split_over = asked[1] if isinstance(asked, tuple) else None
+        trainer = Trainer(trainee, config.train, spec.plan, run, report, state, repair, split_over, reclaimed)
         if config.gradient_checkpointing == "auto" and device.type == "cuda":
             kept = trainer.update.keep_activations(config.sequence_len)
             if rank == 0:
@@ -203,14 +218,6 @@ def make_trainee(
     return Trainee(model.train(), parameters, optimizer, parallel, device), targets
 
 
-def checkpoint_to_resume(wanted: str | None, run: RunDir) -> Path | None:
-    """The newest checkpoint of this run (a restarted worker goes on from there), else the one asked for."""
-    newest = run.newest_checkpoint()
-    if newest is not None:
-        return newest
-    return Path(wanted) if wanted and wanted != "auto" else None
-
-
 def complete_prompts(trainer: Trainer, config: Config, base: str, stage: str, step: int) -> None:
     """Complete the config's prompts greedily, with the weights of `step`, into completions.jsonl; all workers
     compute, rank 0 writes."""
@@ -255,9 +262,7 @@ def export(
 ) -> None:
     """Write adapter/ or model/, whole or not at all."""
     final = run.model_dir if targets is None else run.adapter_dir
-    partial = final.with_name(f".{final.name}.partial")
-    if write and partial.exists():
-        remove_tree(partial)
+    partial = run.own_attempt.aside(final)
     template = config.chat_template
     saved = SavedBase(
         folder=base,
@@ -271,4 +276,4 @@ def export(
     else:
         save_adapter(trainee.model, config.adapter_config, targets, saved, partial, write)
     if write:
-        publish_folder(partial, final)
+        run.own_attempt.publish(final)

@@ -136,6 +136,13 @@ RULES: list[tuple[Keys, list[str]]] = [
         ["val_set_size: 0.1", "test_datasets", "keep one"],
     ),
     ({"dp_shard_size": 2, "dp_replicate_size": 3, "ray": {"num_workers": 4}}, ["= 6", "ray.num_workers: 4"]),
+    ({"dp_shard_size": 2, "ray": {"num_workers": [2, 4]}}, ["dp_shard_size", "ray.num_workers is [2, 4]"]),
+    (
+        {"optimizer": "adamw_8bit", "ray": {"num_workers": [1, 2]}},
+        ["adamw_8bit", "ray.num_workers is [1, 2]"],
+    ),
+    ({"ray": {"num_workers": [4, 2]}}, ["ray.num_workers", "[the fewest, the most]"]),
+    ({"ray": {"num_workers": [0, 2]}}, ["ray.num_workers", "[the fewest, the most]"]),
     ({"dp_shard_size": 3, "ray": {"num_workers": 4}}, ["dp_shard_size: 3", "divide", "ray.num_workers: 4"]),
     ({"ray": {"use_gpu": False, "resources_per_worker": {"GPU": 1}}}, ["ray.use_gpu: false"]),
     ({"ray": {"use_gpu": False, "accelerator_type": "H100"}}, ["ray.use_gpu: false"]),

@@ -74,6 +74,7 @@ def read(
     seed: int = 0,
     place: dict[str, Any] | None = None,
     world: int = 1,
+    packs_per_rank: int | None = None,
 ) -> list[list[StepPacks]]:
     """All steps, each as the list of what every rank got."""
     readers = [
@@ -84,6 +85,7 @@ def read(
             rank=rank,
             world_size=world,
             packs_per_step=packs_per_step,
+            packs_per_rank=packs_per_rank,
             place=place,
         )
         for rank in range(world)
@@ -201,6 +203,24 @@ def test_the_order_of_packs_does_not_depend_on_where_steps_begin(
             order.exhausted()
     plain = EpochOrder(plan, seed, 0, lambda window: int(plan.windows[window].key.rsplit("p", 1)[1]))
     assert drawn == [plain.draw() for _ in drawn] and plain.draw() is None
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 7])
+def test_a_step_for_six_is_the_same_for_any_number_of_workers(tmp_path: Path, world: int) -> None:
+    """Micro-batches of two: workers get whole ones, all-masked where there is nothing more in the step."""
+    plan = ready(tmp_path, [[3, 2, 4], [5]])
+    per_rank = 2 * math.ceil(6 / (2 * world))
+    split = read(plan, packs_per_step=6, epochs=2, world=world, packs_per_rank=per_rank)
+    whole = read(plan, packs_per_step=6, epochs=2)
+    assert len(whole) > 4 and rows_of(split) == rows_of(whole)
+    for step, (wanted,) in zip(split, whole, strict=True):
+        assert {part.drawn for part in step} == {wanted.drawn} and {part.cursor for part in step} == {
+            wanted.cursor
+        }
+        assert {len(part.packs) for part in step} == {per_rank}
+        assert sum(pack.num_targets for part in step for pack in part.packs) == sum(
+            pack.num_targets for pack in wanted.packs
+        )
 
 
 def test_these_tests_are_not_vacuous(tmp_path: Path) -> None:

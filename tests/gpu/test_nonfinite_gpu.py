@@ -5,8 +5,9 @@ import torch
 
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.worker import run_worker
+from tests.group import group_of_one
 from tests.train.poison import lonely_token, poisoned
-from tests.train.runs import Runs, group_of_one
+from tests.train.runs import Runs
 from tests.train.test_nonfinite import (
     BAD,
     OPTIMIZERS,

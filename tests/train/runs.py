@@ -4,13 +4,11 @@ Over a tiny random base, chats to train on, and two held-out sets: chats and tex
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from nemo_ray.config.load import load_config
@@ -19,7 +17,7 @@ from nemo_ray.run_dir import RunDir
 from nemo_ray.train.worker import WorkerSpec, run_worker
 from tests.data.helpers import prepare_all
 from tests.e2e.world import ASSETS, first_lines, write_base, write_lines
-from tests.group import run_in_group
+from tests.group import group_of_one, run_in_group
 
 CPU = torch.device("cpu")
 
@@ -99,13 +97,3 @@ def _worker(rank: int, spec: WorkerSpec) -> None:
 
 def _ignore(figures: Mapping[str, Any]) -> None:
     pass
-
-
-@contextmanager
-def group_of_one() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

@@ -248,6 +248,15 @@ def test_data_runs_beside_the_workers_where_a_cpu_is_left() -> None:
     assert resources.place(gpus, [{"CPU": 4.0}, {"CPU": 8.0, "GPU": 8.0}], None)
 
 
+def test_as_many_workers_as_there_is_room_for() -> None:
+    some = resources.demand(config(ray={"num_workers": [2, 4]}), 0)
+    assert (some.at_least, some.num_workers) == (2, 4)
+    assert resources.place(some, [{"CPU": 5.0}], None)
+    assert not resources.place(some, [{"CPU": 3.0}], None)  # three workers leave nothing
+    with pytest.raises(ClusterError, match=r"^2 workers with .* room for 1"):
+        resources.place(some, [{"CPU": 1.0}], None)
+
+
 def test_workers_that_do_not_fit_are_refused_with_numbers_and_a_remedy() -> None:
     wanted = resources.Demand(4, True, {"CPU": 8.0, "GPU": 1.0})
     with pytest.raises(ClusterError, match=r"4 workers with 8 CPU \+ 1 GPU.*32 CPU \+ 2 GPU.*num_workers=2"):

@@ -20,7 +20,8 @@ from nemo_ray.train.trackers.rows import Row, figures, flat, without_secrets
 from nemo_ray.train.trackers.setup import check_trackers, variables_to_pass_on
 from nemo_ray.train.worker import run_worker
 from tests.e2e.compare import eval_rows, train_rows
-from tests.train.runs import CPU, KilledError, Runs, group_of_one
+from tests.group import group_of_one
+from tests.train.runs import CPU, KilledError, Runs
 from tests.train.tracker_readers import (
     Points,
     mlflow_points,

@@ -1,0 +1,110 @@
+"""A Ray cluster on loopback that a test starts and ends itself: a head, and nodes with their own raylets."""
+
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.e2e.command import Command
+
+# The commands that a user types are those of this environment, also where it is not activated.
+BIN = Path(sys.executable).parent
+PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+TOKEN = secrets.token_hex(32)
+ENVIRONMENT = {
+    "PATH": PATH,
+    "RAY_AUTH_MODE": "token",  # a token of its own: Ray would keep one in the user's home
+    "RAY_AUTH_TOKEN": TOKEN,
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray 2.60 listens on loopback only with this
+}
+_START_WITHIN_S = 120.0
+
+
+class Nodes:
+    """A head with `num_cpus` and `resources` from the start; `add` brings more."""
+
+    def __init__(self, folder: Path, num_cpus: int, resources: str = "{}") -> None:
+        self._folder = folder
+        # Paths of sockets are limited to 107 characters.
+        self._short = tempfile.mkdtemp(prefix="nr-", dir="/tmp")
+        self._ports = iter(_free_ports(40))
+        gcs, dashboard, client = (next(self._ports) for _ in range(3))
+        self.address, self.dashboard = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
+        self.commands: list[Command] = []
+        self.head = self._start(
+            *("--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--ray-client-server-port={client}"),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={self._short}"),
+            *(f"--num-cpus={num_cpus}", f"--resources={resources}"),
+        )
+        self.head.wait_until(lambda: _answers(f"{self.dashboard}/api/jobs/"), _START_WITHIN_S)
+
+    def add(self, num_cpus: int, resources: str = "{}") -> Command:
+        """Another node, which can be killed: it is there when its command says so."""
+        ip = f"127.0.0.{len(self.commands) + 1}"  # a driver on 127.0.0.1 then takes the head for its own node
+        node = self._start(
+            *(f"--address={self.address}", f"--node-ip-address={ip}"),
+            *(f"--num-cpus={num_cpus}", f"--resources={resources}"),
+        )
+        node.wait_until(lambda: "Ray runtime started." in node.output, _START_WITHIN_S)
+        return node
+
+    def _start(self, *arguments: str) -> Command:
+        agent, runtime, metrics = (next(self._ports) for _ in range(3))
+        command = Command(
+            [
+                *(str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *arguments),
+                *(f"--dashboard-agent-listen-port={agent}", f"--runtime-env-agent-port={runtime}"),
+                *(f"--metrics-export-port={metrics}", "--object-store-memory=268435456"),
+            ],
+            self._folder / f"node-{len(self.commands)}.log",
+            **ENVIRONMENT,
+        )
+        self.commands.append(command)
+        return command
+
+    def end(self) -> None:
+        """End all nodes that are left."""
+        for command in reversed(self.commands):
+            command.kill_tree()
+        shutil.rmtree(self._short, ignore_errors=True)
+
+
+@contextmanager
+def nodes(folder: Path, num_cpus: int, resources: str = "{}") -> Iterator[Nodes]:
+    """A cluster for a `with` block."""
+    made = Nodes(folder, num_cpus, resources)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on, below the range of workers' and clients' ports."""
+    found: list[int] = []
+    for port in range(7100 + os.getpid() % 500, 9900):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError("no free ports")
+
+
+def _answers(url: str) -> bool:
+    try:
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+        with urllib.request.urlopen(request, timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
