@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -70,17 +70,7 @@ class DriverLock:
 
     def check(self) -> None:
         """Raises NemoRayError where the folder is ours no longer: we were taken for dead. Or OSError."""
-        holder = _read(self.path)
-        if holder is None:
-            raise NemoRayError(
-                f"output_dir: {self.path} is gone: another driver took the run over and has ended, or "
-                "somebody removed the file; this run ends and changes nothing more"
-            )
-        if holder != self.me:
-            raise NemoRayError(
-                f"output_dir: {self.folder} was taken over by another driver ({holder}), to which this one "
-                "gave no sign of life; this run ends and changes nothing more"
-            )
+        _require(self.path, self.me)
 
     def release(self) -> None:
         """Give up what is ours, and a folder that `claim` made and nobody used."""
@@ -160,6 +150,43 @@ class DriverLock:
             if _changed_ns(path) != before or _read(path) != holder:
                 return True
         return False
+
+
+@contextlib.contextmanager
+def only_while_held(folder: Path, driver: Driver) -> Iterator[None]:
+    """For a worker of `driver`: its process ends when that one no longer holds the folder. A driver that is
+    frozen cannot end its workers, and they would write beside those of the one that took over.
+
+    Raises: NemoRayError where it is so from the start.
+    """
+    path, left = folder / FILE_NAME, threading.Event()
+
+    def watch() -> None:
+        while not left.wait(BEAT_S):
+            with contextlib.suppress(OSError):  # a hiccup of the file system
+                if _read(path) != driver:
+                    os._exit(1)
+
+    _require(path, driver)
+    threading.Thread(target=watch, name="driver-lock", daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
+def _require(path: Path, driver: Driver) -> None:
+    holder = _read(path)
+    if holder is None:
+        raise NemoRayError(
+            f"output_dir: {path} is gone: another driver took the run over and has ended, or somebody "
+            "removed the file; this run ends and changes nothing more"
+        )
+    if holder != driver:
+        raise NemoRayError(
+            f"output_dir: {path.parent} was taken over by another driver ({holder}), to which this one gave "
+            "no sign of life; this run ends and changes nothing more"
+        )
 
 
 def _read(path: Path) -> Driver | None:

@@ -249,7 +249,8 @@ class Launch:
             display.stage(f"starting {wanted.num_workers} worker{'s' if wanted.num_workers > 1 else ''}")
             loop_config = {"config": config, "plan": plan, "output_dir": str(run.path)}
             fit = Background(
-                "fit", lambda: cluster.fit(self.parts.worker, loop_config, run, wanted, config.ray)
+                "fit",
+                lambda: cluster.fit(self.parts.worker, loop_config, run, wanted, config.ray, self.lock.me),
             )
             self._watch(display, fit, data)
         if self.interrupts.count:

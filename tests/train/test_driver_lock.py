@@ -359,6 +359,28 @@ def test_a_file_as_output_dir_is_refused(folder: Path, locks: Callable[..., Driv
         locks().claim()
 
 
+def test_a_worker_ends_when_its_driver_no_longer_holds_the_folder(
+    folder: Path, locks: Callable[..., DriverLock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_lock, "BEAT_S", BEAT_S)
+    lock = locks()
+    lock.claim()
+    worker = multiprocessing.get_context("fork").Process(target=work, args=(folder, lock.me))
+    worker.start()
+    worker.join(5 * BEAT_S)
+    assert worker.is_alive()
+    write(folder, replace(this_driver(None), **ELSEWHERE))
+    worker.join(LIMIT_S)
+    assert worker.exitcode == 1
+    with pytest.raises(NemoRayError, match="taken over"), driver_lock.only_while_held(folder, lock.me):
+        raise AssertionError("entered")
+
+
+def work(folder: Path, driver: Driver) -> None:
+    with driver_lock.only_while_held(folder, driver):
+        time.sleep(2 * LIMIT_S)
+
+
 # -- the command, up to Ray -----------------------------------------------------------------------
 
 
