@@ -15,6 +15,8 @@ from typing import Any
 from nemo_ray.config.schema import RaySection
 from nemo_ray.failures import is_final, is_lost_worker, one_line
 from nemo_ray.run_dir import RunDir
+from nemo_ray.train.driver import Driver
+from nemo_ray.train.driver_lock import only_while_held
 from nemo_ray.train.resources import Demand
 
 CONTROLLER_FAILURES = 3
@@ -27,18 +29,21 @@ def fit(
     run: RunDir,
     wanted: Demand,
     section: RaySection,
+    driver: Driver,
 ) -> Any:
     """Run the workers to their end and return what rank 0's function returned.
 
-    Not for the main thread, where Ray would take over Ctrl-C. `worker` None is train.worker.train_worker.
+    Not for the main thread, where Ray would take over Ctrl-C. `worker` None is train.worker.train_worker. The
+    workers end when `driver` no longer holds the run's directory.
     Raises what Ray raises: see failures.py.
     """
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    told = {"worker": worker, "output_dir": str(run.path), "loop_config": dict(loop_config), "driver": driver}
     trainer = TorchTrainer(
         _run_worker,
-        train_loop_config={"worker": worker, "output_dir": str(run.path), "loop_config": dict(loop_config)},
+        train_loop_config=told,
         # gloo beside NCCL: counts and checkpoints are exchanged on the CPU, and never wait for the GPU.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -93,7 +98,13 @@ def _end_where_restarts_are_useless() -> Any:
 
 
 def _run_worker(told: Mapping[str, Any]) -> Any:
-    """What Ray calls on each worker. Ray cuts long tracebacks: the whole one goes to error.log."""
+    """What Ray calls on each worker."""
+    with only_while_held(Path(told["output_dir"]), told["driver"]):
+        return _work(told)
+
+
+def _work(told: Mapping[str, Any]) -> Any:
+    """Ray cuts long tracebacks: the whole one goes to error.log."""
     try:
         if told["worker"] is not None:
             return told["worker"](told["loop_config"])

@@ -35,6 +35,7 @@ from nemo_ray.run_dir import RunDir
 from nemo_ray.targets import expert_paths, find_targets, linear_paths, read_shape
 from nemo_ray.train import cluster, outputs, resources, summary
 from nemo_ray.train.best import check_metric
+from nemo_ray.train.driver_lock import DriverLock
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.progress import ProgressDisplay
@@ -117,6 +118,7 @@ class Launch:
         self.run_dir = RunDir(self.config.output_dir)
         self.console = Console(highlight=False)
         self.errors = Console(stderr=True, highlight=False)
+        self.lock = DriverLock(self.run_dir.path, self.job_id, self.say)
         self.environment = session.Environment()
         self.stop_data = threading.Event()
         self.interrupts = Interrupts(lambda: self._end(INTERRUPTED))
@@ -149,6 +151,7 @@ class Launch:
     def _run(self) -> int:
         asked, run = self.config, self.run_dir
         self.say(f"output: {run.path}")
+        self.lock.claim()
         start = outputs.decide_start(run, asked)
         check_trackers(asked.tracking, os.environ)
         address = session.address_to_join(asked.ray, os.environ)
@@ -169,6 +172,7 @@ class Launch:
             outputs.check_best(run, config.train, start.checkpoint)
         wanted, beside = self._enter_ray(address)
         self.interrupts.collect()
+        self.lock.check()
         outputs.begin(run, start, plan)
         self.begun = True
         commit = config.revision_of_model if hub.is_reference(model) else None
@@ -176,6 +180,7 @@ class Launch:
         where = f"the Ray cluster at {address}" if address else "a Ray of its own on this machine"
         self._print_plan(plan, shape, wanted, where, start)
         self._train(plan, wanted, beside)
+        self.lock.check()
         if self.interrupts.count or self.stopped:
             newest = run.newest_checkpoint()
             self.say(f"stopped; go on with resume_from_checkpoint=auto (newest checkpoint: {newest})")
@@ -244,7 +249,8 @@ class Launch:
             display.stage(f"starting {wanted.num_workers} worker{'s' if wanted.num_workers > 1 else ''}")
             loop_config = {"config": config, "plan": plan, "output_dir": str(run.path)}
             fit = Background(
-                "fit", lambda: cluster.fit(self.parts.worker, loop_config, run, wanted, config.ray)
+                "fit",
+                lambda: cluster.fit(self.parts.worker, loop_config, run, wanted, config.ray, self.lock.me),
             )
             self._watch(display, fit, data)
         if self.interrupts.count:
@@ -261,6 +267,7 @@ class Launch:
         give_up_s = float("inf")
         while not work.wait(_POLL_S):
             with contextlib.suppress(OSError):  # a hiccup of the file system is no reason to end a run
+                self.lock.check()
                 display.poll()
             if self.interrupts.count and not stopping:
                 if display.nothing_to_save:
@@ -291,7 +298,7 @@ class Launch:
     def _tell(self, error: BaseException) -> None:
         cause = root_cause(error)
         line = one_line(error)
-        if self.begun:
+        if self.begun and self.lock.holds():
             who = "driver" if cause is error else "driver, about a worker"
             text = "".join(traceback.format_exception(error))
             cluster.log_traceback(self.run_dir.error_file, who, text)
@@ -311,11 +318,13 @@ class Launch:
             session.shutdown()
         self.environment.restore()
         self._record_end(code)
+        self.lock.release()
 
     def _record_end(self, code: int) -> None:
-        """Note how it ended; a run that recorded nothing leaves nothing for a next one to stumble over."""
+        """Note how it ended; a run that recorded nothing leaves nothing for a next one to stumble over, and
+        one that was taken over leaves everything as it is."""
         run = self.run_dir
-        if not self.begun:
+        if not self.begun or not self.lock.holds():
             return
         shutil.rmtree(run.ray_dir, ignore_errors=True)
         run.stop_file.unlink(missing_ok=True)

@@ -96,8 +96,6 @@ def decide_start(run: RunDir, config: Config) -> Start:
 
     Raises: ConfigError where a run or foreign files would be overwritten, or the checkpoint is not there.
     """
-    if run.path.exists() and not run.path.is_dir():
-        raise ConfigError(f"output_dir: {run.path} is a file; name a folder")
     resume = config.resume_from_checkpoint
     if resume == "auto":
         checkpoint = run.newest_checkpoint()

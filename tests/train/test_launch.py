@@ -131,12 +131,6 @@ def test_overwrite_leaves_a_foreign_folder_alone(run: RunDir) -> None:
             outputs.decide_start(run, config(**changes))
 
 
-def test_a_file_as_output_dir_is_refused(run: RunDir) -> None:
-    run.path.write_text("")
-    with pytest.raises(ConfigError, match="is a file"):
-        outputs.decide_start(run, config())
-
-
 def test_auto_takes_the_newest_checkpoint_or_starts_fresh(run: RunDir) -> None:
     auto = config(resume_from_checkpoint="auto")
     run.write_run({})

@@ -1,16 +1,20 @@
 """The driver with a real Ray and small workers: exit codes, signals, errors, and what is left behind."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from nemo_ray.run_dir import RunDir
+from nemo_ray.train.driver import this_driver
+from nemo_ray.train.driver_lock import BEAT_S, FILE_NAME
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 STUB = Path(__file__).with_name("launch_stub.py")
@@ -151,3 +155,27 @@ def test_data_that_fails_ends_the_run_after_a_checkpoint(run: RunDir, launches: 
     assert launch.end() == 1, launch.output
     assert errors(launch.output) == ["error: rows.jsonl: every row was rejected"]
     assert run.newest_checkpoint() is not None
+
+
+@pytest.mark.long
+def test_a_frozen_driver_that_was_taken_over_writes_nothing_more(
+    run: RunDir, launches: list[Started]
+) -> None:
+    """Neither do its workers, which are not frozen."""
+    launch = start(launches, "steps", run)
+    launch.wait_for("tokens/s")
+    launch.process.send_signal(signal.SIGSTOP)
+    taker = replace(this_driver("raysubmit_2"), host="other")
+    (run.path / FILE_NAME).write_text(json.dumps(asdict(taker)))
+    time.sleep(3 * BEAT_S)
+    before = {path: path.stat().st_mtime_ns for path in run.path.iterdir() if path != run.ray_dir}
+    run.clear_stop()  # as the taker does at its beginning
+    time.sleep(2 * BEAT_S)
+    launch.process.send_signal(signal.SIGCONT)
+    assert launch.end() == 1, launch.output
+    (line,) = errors(launch.output)
+    assert f"{run.path} was taken over by another driver (process {taker.pid} on other, since" in line
+    assert "Traceback" not in launch.output
+    del before[run.progress_file]
+    assert {path: path.stat().st_mtime_ns for path in run.path.iterdir() if path != run.ray_dir} == before
+    assert "outcome" not in run.read_run()
