@@ -22,6 +22,7 @@ from nemo_ray.train.evaluation import Evaluator
 from nemo_ray.train.metrics import FiguresOnTheWay, extend_hash, passed_multiple, peak_memory_bytes
 from nemo_ray.train.optim import learning_rate
 from nemo_ray.train.update import Trainee, Update
+from nemo_ray.train.watchdog import Watchdog
 
 Report = Callable[[Mapping[str, Any]], None]
 PROGRESS_INTERVAL_S = 0.2
@@ -42,11 +43,12 @@ class Trainer:
         report: Report,
         state: TrainState,
         repair: Repair,
+        watchdog: Watchdog,
     ) -> None:
         self.trainee, self.train, self.plan, self.run_dir, self.report = trainee, train, plan, run, report
-        self.state, self.repair = state, repair
+        self.state, self.repair, self.watchdog = state, repair, watchdog
         self.update = Update(trainee, train)
-        self.evaluator = Evaluator(trainee, plan, train.micro_batch_size, repair)
+        self.evaluator = Evaluator(trainee, plan, train.micro_batch_size, watchdog, repair)
         self.best = Best(train)
         self.stopped_early: dict[str, int] | None = None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -84,6 +86,8 @@ class Trainer:
                 misses = self.best.misses
                 self.stopped_early = {"step": self.state.step, "evaluations_without_improvement": misses}
                 break
+            self.watchdog.enter("training", self.state.step)
+            self.watchdog.wait()
             packs = reader.next_step()
             if packs is None:
                 break
@@ -107,6 +111,7 @@ class Trainer:
         )
         if stop:
             return False
+        self.watchdog.work()
         rate = learning_rate(self.train, self.state.step, before, after)
         loss_sum, grad_norm = self.update(packs.packs, num_targets, rate)
         self.state.step += 1
@@ -234,6 +239,7 @@ class Trainer:
 
     def write_progress(self, phase: str, now: bool = False, **figures: float) -> None:
         """Tell the driver where the run is; often enough for an eye, seldom enough to cost nothing."""
+        self.watchdog.enter(phase, self.state.step)
         clock_s = time.monotonic()
         if self.rank != 0 or (not now and clock_s - self._progress_written_s < PROGRESS_INTERVAL_S):
             return
