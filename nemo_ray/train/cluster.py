@@ -22,7 +22,7 @@ from nemo_ray.train.lost import Failure, find_out
 from nemo_ray.train.processes import Look, look
 from nemo_ray.train.resources import Demand
 from nemo_ray.train.restarts import Restarts
-from nemo_ray.train.watchdog import RankState
+from nemo_ray.train.watchdog import RankState, collective_timeout_s
 
 CONTROLLER_FAILURES = 3
 LOOK_WITHIN_S = 20.0
@@ -48,7 +48,10 @@ def fit(
         _run_worker,
         train_loop_config={"worker": worker, "output_dir": str(run.path), "loop_config": dict(loop_config)},
         # gloo beside NCCL: counts and checkpoints are exchanged on the CPU, and never wait for the GPU.
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo",
+            timeout_s=round(collective_timeout_s(section.hang_timeout_s)),
+        ),
         scaling_config=ScalingConfig(
             num_workers=wanted.num_workers,
             use_gpu=wanted.use_gpu,

@@ -25,6 +25,12 @@ _SLOW = ("loading", "compiling", "self-test", "completing", "saving", "exporting
 _HEADER_BYTES = 512
 
 
+def collective_timeout_s(timeout_s: float) -> float:
+    """What a collective may wait, so that the rank at fault strikes before those that wait for it give up."""
+    longest_s = max(timeout_s + WAIT_S, timeout_s * SLOW_FACTOR)
+    return longest_s + 600.0 if timeout_s else WAIT_S  # torch's own default
+
+
 @dataclass(frozen=True)
 class RankState:
     """Where a rank is, as it said itself; `step` counts the steps done."""

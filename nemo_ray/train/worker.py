@@ -154,6 +154,7 @@ def finish(trainer: Trainer, config: Config, base: str, targets: LoraTargets | N
     best, step = trainer.best, trainer.state.step
     if config.load_best_model_at_end and best.step not in (None, step):
         step = best.step
+        trainer.watchdog.enter("loading", step)
         load_weights(trainer.run_dir.checkpoint_dir(step), trainer.trainee.parameters)
     complete_prompts(trainer, config, base, "after", step)
     trainer.write_progress("exporting", now=True)

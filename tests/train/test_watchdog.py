@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nemo_ray.run_dir import RunDir
-from nemo_ray.train.watchdog import SLOW_FACTOR, WAIT_S, RankState, Watchdog, read_rank
+from nemo_ray.train.watchdog import SLOW_FACTOR, WAIT_S, RankState, Watchdog, collective_timeout_s, read_rank
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 1.0
@@ -102,6 +102,13 @@ def test_each_phase_has_its_limit(file: Path) -> None:
         assert limit(file) == 100.0
     slow = 100.0 * SLOW_FACTOR
     assert list(found.values()) == [100.0, 100.0, slow, slow, slow, 0, 0]
+
+
+def test_who_waits_for_another_gives_up_last() -> None:
+    for timeout_s in (1.0, 600.0, 7200.0):
+        longest_s = max(timeout_s + WAIT_S, timeout_s * SLOW_FACTOR)
+        assert collective_timeout_s(timeout_s) > longest_s
+    assert collective_timeout_s(0) == 1800
 
 
 def limit(file: Path) -> float:
