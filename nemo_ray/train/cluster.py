@@ -108,7 +108,7 @@ def _judge_failures(run: RunDir, max_failures: int) -> Any:
             line = failure.line
             if failure.stacks:
                 log_traceback(run.error_file, line, failure.stacks)
-                line += f" (stack: {run.error_file})"
+                line += f"; its stack is in {run.error_file}"
             newest = run.checkpoint_steps()
             restart = self.restarts.allows(newest[-1] if newest else 0)
             with contextlib.suppress(OSError):

@@ -69,7 +69,7 @@ def _hung(found: Mapping[int, tuple[RankState, str]]) -> Failure:
     hung = {rank: (state, stack) for rank, (state, stack) in found.items() if stack}
     culprits = {rank: told for rank, told in hung.items() if not _waited_for_others(told[1])} or hung
     lines = [
-        f"{_who(rank, state)} made no progress for {state.limit_s:g} s and was ended (ray.hang_timeout_s)"
+        f"{_who(rank, state)} made no progress for {state.limit_s:g} s (ray.hang_timeout_s) and was ended"
         for rank, (state, _) in culprits.items()
     ]
     stacks = "\n".join(f"{_who(rank, state)}\n{stack}" for rank, (state, stack) in hung.items())

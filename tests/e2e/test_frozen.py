@@ -26,8 +26,9 @@ def test_a_frozen_worker_is_told_with_its_stack_and_replaced(world: World, refer
     assert started.end() == 0, started.output
     (told,) = [line for line in started.output.splitlines() if "starting again" in line]
     found = re.fullmatch(
-        rf"rank ([01]) \(host \S+, pid {frozen}, in phase training after step (\d+)\) is stopped by a signal "
-        rf"and made no progress for \d+ s \(stack: {run.error_file}\): starting again from step-{SAVED}",
+        rf"rank ([01]) \(host \S+, pid {frozen}, in phase \w+ after step (\d+)\) is stopped by a signal "
+        rf"and made no progress for \d+ s; its stack is in {run.error_file}: starting again from "
+        rf"step-{SAVED}",
         told,
     )
     assert found is not None, told

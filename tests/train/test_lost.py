@@ -104,8 +104,8 @@ def test_a_rank_that_hung_is_told_not_those_that_waited_for_it(run: RunDir) -> N
     say(run, 2)
     found = find_out(run, {0: GONE, 2: ECHO}, nobody_looks)
     assert found.line == (
-        "rank 1 (host n1, pid 101, in phase training after step 7) made no progress for 10 s and was ended "
-        "(ray.hang_timeout_s)"
+        "rank 1 (host n1, pid 101, in phase training after step 7) made no progress for 10 s "
+        "(ray.hang_timeout_s) and was ended"
     )
     assert HANGS in found.stacks and IN_A_COLLECTIVE in found.stacks
 
