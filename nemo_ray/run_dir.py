@@ -11,7 +11,8 @@
     rejected.jsonl     the rows that cannot be used, and why;  data.html: the data to look at, kept by `clear`
     progress.json      where the run is now;  stop: somebody asked it to end;  error.log: the full traceback
     prepared/          shards, where no dataset_prepared_path is given. Content-addressed: kept by `clear`
-    .ray/              Ray Train's own storage;  .attempts/: see attempts.py
+    .ray/              Ray Train's own storage;  ranks/: where each rank is;  failures.jsonl: what ended them
+    .attempts/         what is not published yet: see attempts.py
 
 Everything lies on one file system that driver and workers share. What the rows mean is the callers' business.
 """
@@ -57,6 +58,8 @@ class RunDir:
         self.stop_file = self.path / "stop"
         self.error_file = self.path / "error.log"
         self.ray_dir = self.path / ".ray"
+        self.ranks_dir = self.ray_dir / "ranks"
+        self.failures_file = self.ray_dir / "failures.jsonl"
         self.tensorboard_dir = self.path / "tensorboard"
         self.wandb_dir = self.path / "wandb"
         self.trackers_file = self.path / "trackers.json"
@@ -260,6 +263,20 @@ class RunDir:
         for path in sorted(own, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
             path.unlink()
 
+    # -- ranks and their failures -----------------------------------------------------------------
+
+    def rank_file(self, rank: int) -> Path:
+        """Where a rank says where it is, and leaves its stack."""
+        return self.ranks_dir / f"rank-{rank}.txt"
+
+    def append_failure(self, row: Mapping[str, Any]) -> None:
+        """Append {"line": what happened, "restart": whether the workers start again}."""
+        _append_jsonl(self.failures_file, row)
+
+    def read_failures(self) -> list[dict[str, Any]]:
+        """The failures of workers since the driver began, oldest first."""
+        return _read_jsonl(self.failures_file)
+
     # -- progress and stop ------------------------------------------------------------------------
 
     def write_progress(self, progress: Mapping[str, Any]) -> None:
@@ -285,9 +302,10 @@ class RunDir:
         return self.stop_file.exists()
 
     def clear_stop(self) -> None:
-        """Forget an earlier request, and earlier progress: called before a run starts."""
+        """Forget an earlier request, progress and failures: called before a run starts."""
         self.stop_file.unlink(missing_ok=True)
         self.progress_file.unlink(missing_ok=True)
+        self.failures_file.unlink(missing_ok=True)
 
     # -- writing aside ----------------------------------------------------------------------------
 

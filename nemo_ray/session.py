@@ -25,6 +25,11 @@ _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 # What Ray 2.60 does otherwise:
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # each report waits for the controller's poll, every 2 s
+    # A stopped process is waited for, 10 minutes. A minute is enough for what holds the interpreter's lock
+    # rightly (an import from a cold network disk), and for what Ray notices by itself (a dead node, in 30 s).
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    # How long a lost node may take to come back; longer starts are counted, over the whole run.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # workers' prints come twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers leave the directory that a job's paths are relative to
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that calls Ray after its end starts another one
@@ -66,6 +71,8 @@ def start_local(num_cpus: int, environment: Environment, include_dashboard: bool
     # Ray 2.60 listens on loopback only where it is told not to be part of a cluster (_node_ip_address is not
     # enough), under the name that this has on desktop systems.
     environment.add({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
+    # One more process with each start of the workers, to hear of nodes that a cluster is about to lose.
+    environment.add({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"})
     if "RAY_AUTH_MODE" not in os.environ:
         # A token of its own: Ray's would stay in ~/.ray/auth_token, in the way of later commands.
         environment.add({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})

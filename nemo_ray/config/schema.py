@@ -542,7 +542,15 @@ class RaySection(Section):
         None, description="Kind of GPU to ask for, in Ray's names, such as `H100`."
     )
     max_failures: FailureCount = Field(
-        3, description="Restarts from the last checkpoint after a lost worker."
+        3,
+        description="Restarts from the last checkpoint after lost workers. Each new checkpoint sets the "
+        "count back to 0: failures without progress end a run, not its length.",
+    )
+    hang_timeout_s: NonNegative = Field(
+        600.0,
+        description="A worker that takes longer for a step, or for a batch of an evaluation, is ended, its "
+        "stack is put into error.log, and the workers start again. Waiting for data may take 1800 s more; "
+        "loading, saving and exporting 12 times as long. 0 for no limit.",
     )
     storage_path: PathText | None = Field(
         None,

@@ -5,6 +5,8 @@ Knows no data, no model and no terminal.
 
 import contextlib
 import os
+import shutil
+import socket
 import traceback
 import uuid
 from collections.abc import Callable, Mapping
@@ -13,13 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ray.config.schema import RaySection
+from nemo_ray.errors import ClusterError
 from nemo_ray.failures import is_final, is_lost_worker, one_line
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.driver import Driver
 from nemo_ray.train.driver_lock import only_while_held
+from nemo_ray.train.lost import Failure, find_out
+from nemo_ray.train.processes import Look, look
 from nemo_ray.train.resources import Demand
+from nemo_ray.train.restarts import Restarts
+from nemo_ray.train.watchdog import RankState, collective_timeout_s
 
 CONTROLLER_FAILURES = 3
+LOOK_WITHIN_S = 20.0
 WorkerFunction = Callable[[Mapping[str, Any]], Any]
 
 
@@ -45,7 +53,10 @@ def fit(
         _run_worker,
         train_loop_config=told,
         # gloo beside NCCL: counts and checkpoints are exchanged on the CPU, and never wait for the GPU.
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo",
+            timeout_s=round(collective_timeout_s(section.hang_timeout_s)),
+        ),
         scaling_config=ScalingConfig(
             num_workers=wanted.num_workers
             if wanted.at_least is None
@@ -58,11 +69,10 @@ def fit(
             # A name that was used before in the same storage would be resumed by Ray on its own.
             name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}",
             storage_path=str(run.ray_dir),
-            failure_config=FailureConfig(
-                max_failures=section.max_failures, controller_failure_limit=CONTROLLER_FAILURES
-            ),
+            # Lost workers are counted by our own callback: Ray counts those of a week like those of an hour.
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=CONTROLLER_FAILURES),
             worker_runtime_env={"env_vars": _worker_environment(os.environ)},
-            callbacks=[_end_where_restarts_are_useless()],
+            callbacks=[_judge_failures(run, section.max_failures)],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -77,24 +87,64 @@ def _worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in chosen.items() if name not in environ}
 
 
-def _end_where_restarts_are_useless() -> Any:
+def _judge_failures(run: RunDir, max_failures: int) -> Any:
     """A callback for the controller: an exception raised in it ends the run at once (Ray 2.60)."""
     from ray.train import UserCallback
 
-    class EndWhereRestartsAreUseless(UserCallback):
+    class JudgeFailures(UserCallback):
         def __init__(self) -> None:
             self.last_line = ""
+            self.restarts = Restarts(max_failures)
 
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
             from nemo_ray.failures import first_failure, root_cause
 
+            # Ray 2.60 waits for workers' farewells before it kills them, and passes this variable to nobody.
+            os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
             error = root_cause(first_failure(worker_exceptions))
             line = one_line(error)
             if is_final(error) or (line == self.last_line and not is_lost_worker(error)):
                 raise error
             self.last_line = line
+            if getattr(error, "preempted", False):  # free, and raised at each poll until the node is gone
+                return
+            self.restart_or_end(find_out(run, worker_exceptions, _look_at))
 
-    return EndWhereRestartsAreUseless()
+        def restart_or_end(self, failure: Failure) -> None:
+            shutil.rmtree(run.ranks_dir, ignore_errors=True)  # the next workers have nothing to do with it
+            line = failure.line
+            if failure.stacks:
+                log_traceback(run.error_file, line, failure.stacks)
+                line += f"; its stack is in {run.error_file}"
+            newest = run.checkpoint_steps()
+            restart = self.restarts.allows(newest[-1] if newest else 0)
+            with contextlib.suppress(OSError):
+                run.append_failure({"line": line, "restart": restart})
+            if not restart:
+                raise ClusterError(f"{line}; {self.restarts.describe()}")
+
+    return JudgeFailures()
+
+
+def _look_at(ranks: list[RankState], silent: bool) -> dict[int, Look]:
+    """Look at the processes of ranks, elsewhere by a task on their node; who does not answer is left out."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = socket.gethostname()
+    looks = {state.rank: look(state.pid, silent) for state in ranks if state.host == here}
+    nodes = {node["NodeManagerHostname"]: node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    task = ray.remote(num_cpus=0, max_retries=0)(look)
+    asked = {}
+    for state in ranks:
+        if state.rank not in looks and state.host in nodes:
+            there = NodeAffinitySchedulingStrategy(nodes[state.host], soft=False)
+            asked[task.options(scheduling_strategy=there).remote(state.pid, silent)] = state.rank
+    answered = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_WITHIN_S)[0] if asked else []
+    for answer in answered:
+        with contextlib.suppress(ray.exceptions.RayError):  # the node went away meanwhile
+            looks[asked[answer]] = ray.get(answer)
+    return looks
 
 
 def _run_worker(told: Mapping[str, Any]) -> Any:

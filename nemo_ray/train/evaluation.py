@@ -18,15 +18,22 @@ from nemo_ray.train.best import eval_names
 from nemo_ray.train.loss import IGNORED
 from nemo_ray.train.micro_batch import MicroBatch
 from nemo_ray.train.update import Trainee
+from nemo_ray.train.watchdog import Watchdog
 
 
 class Evaluator:
     """Evaluates one `Trainee` on the held-out packs of `plan`; leaves its mode, weights and random state."""
 
     def __init__(
-        self, trainee: Trainee, plan: DataPlan, micro_batch_size: int, repair: Repair | None = None
+        self,
+        trainee: Trainee,
+        plan: DataPlan,
+        micro_batch_size: int,
+        watchdog: Watchdog,
+        repair: Repair | None = None,
     ) -> None:
         self._trainee, self._plan, self._size, self._repair = trainee, plan, micro_batch_size, repair
+        self._watchdog = watchdog
         names = eval_names(plan)
         self.names = list(names.values())
         self._place = np.zeros(len(plan.sources), dtype=np.int64)  # source -> its place in names
@@ -51,13 +58,16 @@ class Evaluator:
         )
         sums = torch.zeros(2, len(self.names), dtype=torch.float64, device=trainee.device)
         trainee.model.eval()
+        self._watchdog.wait()
         while (packs := reader.next_step()) is not None:
+            self._watchdog.work()
             waited_s += packs.wait_s
             micro = MicroBatch.collate(packs.packs, trainee.device)
             places = self._places(packs.packs).to(trainee.device)
             log_probs = trainee.model.target_log_probs(micro.batch, micro.targets)
             sums[0].index_add_(0, places, -log_probs.double())
             sums[1].index_add_(0, places, (micro.targets.flatten() != IGNORED).double())
+            self._watchdog.wait()
         trainee.model.train()
         total = sums.cpu()
         dist.all_reduce(total)

@@ -23,6 +23,7 @@ from nemo_ray.train.metrics import FiguresOnTheWay, extend_hash, passed_multiple
 from nemo_ray.train.nonfinite import NonFiniteSteps, or_none
 from nemo_ray.train.optim import learning_rate
 from nemo_ray.train.update import Trainee, Update
+from nemo_ray.train.watchdog import Watchdog
 
 Report = Callable[[Mapping[str, Any]], None]
 PROGRESS_INTERVAL_S = 0.2
@@ -44,6 +45,7 @@ class Trainer:
         report: Report,
         state: TrainState,
         repair: Repair,
+        watchdog: Watchdog,
         split_over: int | None = None,
         reclaimed: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -51,9 +53,9 @@ class Trainer:
         for, where there may be fewer now. `reclaimed`: whether a node of the run is being taken back."""
         self.reclaimed = reclaimed
         self.trainee, self.train, self.plan, self.run_dir, self.report = trainee, train, plan, run, report
-        self.state, self.repair = state, repair
+        self.state, self.repair, self.watchdog = state, repair, watchdog
         self.update = Update(trainee, train)
-        self.evaluator = Evaluator(trainee, plan, train.micro_batch_size, repair)
+        self.evaluator = Evaluator(trainee, plan, train.micro_batch_size, watchdog, repair)
         self.checkpointer = Checkpointer(run, trainee.parameters, trainee.optimizer, train.save_total_limit)
         self.best = Best(train)
         self.stopped_early: dict[str, int] | None = None
@@ -96,6 +98,8 @@ class Trainer:
                 misses = self.best.misses
                 self.stopped_early = {"step": self.state.step, "evaluations_without_improvement": misses}
                 break
+            self.watchdog.enter("training", self.state.step)
+            self.watchdog.wait()
             packs = reader.next_step()
             if packs is None:
                 break
@@ -105,8 +109,7 @@ class Trainer:
         self._log_last()
         if finished and self._evaluated_step != self.state.step:
             self.evaluate()
-        self.save()
-        self.checkpointer.wait()
+        self._save_and_wait()
         return finished
 
     def step(self, packs: StepPacks) -> bool:
@@ -124,6 +127,7 @@ class Trainer:
         if reclaimed:
             self._leave()
         self.checkpointer.check()
+        self.watchdog.work()
         rate = learning_rate(self.train, self.state.step, before, after)
         loss_sum, grad_norm = self.update(packs.packs, num_targets, rate)
         self.state.step += 1
@@ -191,11 +195,16 @@ class Trainer:
         self.report({"step": self.state.step, "eval_loss": self.eval_loss})
         self.write_progress("training", now=True)
 
+    def _save_and_wait(self) -> None:
+        """The same, and return when it has its name."""
+        self.save()
+        self.write_progress("saving", now=True)
+        self.checkpointer.wait()
+
     def _leave(self) -> None:
         """Save, and end this start of the workers: the next one goes on where there is room."""
         self._log_last()
-        self.save()
-        self.checkpointer.wait()
+        self._save_and_wait()
         raise ReclaimedError(
             f"a node of this run is being taken back (preempted): saved after step {self.state.step}"
         )
@@ -252,8 +261,7 @@ class Trainer:
         if self.rank == 0 and row["step"] % self.train.logging_steps == 0:
             self._log(row | {"loss": or_none(loss), "grad_norm": or_none(norm), "step_s": step_s})
         if self.nonfinite.too_many:
-            self.save()  # of the weights before these steps, for none came between
-            self.checkpointer.wait()
+            self._save_and_wait()  # of the weights before these steps, for none came between
             raise self.nonfinite.error(self.run_dir.checkpoint_dir(self.state.step))
 
     def _log(self, row: dict[str, Any]) -> None:
@@ -265,6 +273,7 @@ class Trainer:
 
     def write_progress(self, phase: str, now: bool = False, **figures: float | None) -> None:
         """Tell the driver where the run is; often enough for an eye, seldom enough to cost nothing."""
+        self.watchdog.enter(phase, self.state.step)
         clock_s = time.monotonic()
         if self.rank != 0 or (not now and clock_s - self._progress_written_s < PROGRESS_INTERVAL_S):
             return

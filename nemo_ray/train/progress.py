@@ -128,6 +128,7 @@ class ProgressDisplay:
         self._tail.skip(_step_of_newest_checkpoint(run))
         self._checkpoints = {path.name for path in run.complete_checkpoints()}
         self._model_shown = False
+        self._failures_told, self._restart_told = 0, False
         self._notices: set[str] = set()
         self._line_at_s = self._looked_at_s = -float("inf")
         self._last_line = ""
@@ -170,12 +171,15 @@ class ProgressDisplay:
 
     def poll(self) -> None:
         """Read the run directory and tell what is new."""
+        self._tell_failures()
         progress = self._run.read_progress()
         if progress:
             before = self.phase
             self._figures |= {name: value for name, value in progress.items() if value is not None}
             if self.phase in BEFORE_TRAINING and before not in (None, *BEFORE_TRAINING):
-                self.say("a worker was lost: starting again from " + self._newest_checkpoint())
+                if not self._restart_told:
+                    self._tell_restart()
+                self._restart_told = False
             self._tell_model()
         for row in self._tail.new_rows():
             if "eval_loss" in row:
@@ -189,9 +193,18 @@ class ProgressDisplay:
                 self._tell_notices(self._run.read_run())
         self._draw()
 
-    def _newest_checkpoint(self) -> str:
+    def _tell_failures(self) -> None:
+        """Why workers are started again, as soon as it is known."""
+        failures = self._run.read_failures()
+        for failure in failures[self._failures_told :]:
+            if failure["restart"]:  # the others end the run, and its last line is theirs
+                self._tell_restart(failure["line"])
+                self._restart_told = True
+        self._failures_told = len(failures)
+
+    def _tell_restart(self, why: str = "a worker was lost") -> None:
         newest = self._run.newest_checkpoint()
-        return newest.name if newest is not None else "the beginning"
+        self.say(f"{why}: starting again from {newest.name if newest is not None else 'the beginning'}")
 
     def _tell_model(self) -> None:
         if self._model_shown:

@@ -37,6 +37,7 @@ from nemo_ray.train.parallelize import Layout, parallelize
 from nemo_ray.train.starting import choose_checkpoint, take_over
 from nemo_ray.train.trackers import open_trackers
 from nemo_ray.train.update import Trainee
+from nemo_ray.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,26 @@ def run_worker(
     spec: WorkerSpec, device: torch.device, report: Any, reclaimed: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
     """The same without Ray: a process group must exist."""
+    rank, run = dist.get_rank(), RunDir(spec.output_dir)
+    with Watchdog(run.rank_file(rank), rank, spec.config.ray.hang_timeout_s) as watchdog:
+        return watched(spec, device, report, watchdog, reclaimed)
+
+
+def watched(
+    spec: WorkerSpec,
+    device: torch.device,
+    report: Any,
+    watchdog: Watchdog,
+    reclaimed: Callable[[], bool],
+) -> dict[str, Any]:
+    """The same under a watchdog that is told of each phase."""
     config, run = spec.config, RunDir(spec.output_dir)
     rank = dist.get_rank()
     torch.manual_seed(config.seed + rank)
     take_over(run)
+    watchdog.enter("fetching the base model")
     base = fetch_base(config, run, rank)
-    if rank == 0:
-        run.write_progress({"phase": "loading"})
+    begin_phase("loading", run, rank, watchdog)
     precision = base_precision(config, device)
     if device.type == "cuda":
         configure_cuda(precision.compute, config.tf32)
@@ -87,14 +101,12 @@ def run_worker(
     trainee, targets = make_trainee(config, base, device, precision)
     seconds = {"load_s": time.monotonic() - began_s}
     if device.type == "cuda":
-        if rank == 0:
-            run.write_progress({"phase": "compiling"})
+        begin_phase("compiling", run, rank, watchdog)
         began_s = time.monotonic()
         compile_kernels(trainee.model, device)
         torch.cuda.synchronize()
         seconds["compile_s"] = time.monotonic() - began_s
-    if rank == 0:
-        run.write_progress({"phase": "self-test"})
+    begin_phase("self-test", run, rank, watchdog)
     began_s = time.monotonic()
     self_test(trainee.model, targets, device, precision.compute)
     seconds["self_test_s"] = time.monotonic() - began_s
@@ -112,7 +124,11 @@ def run_worker(
     with tracked(config, spec.plan, run, state.step, rank) as ending:
         asked = config.ray.num_workers
         split_over = asked[1] if isinstance(asked, tuple) else None
-        trainer = Trainer(trainee, config.train, spec.plan, run, report, state, repair, split_over, reclaimed)
+        trainer = Trainer(
+            *(trainee, config.train, spec.plan, run, report, state, repair, watchdog),
+            split_over=split_over,
+            reclaimed=reclaimed,
+        )
         if config.gradient_checkpointing == "auto" and device.type == "cuda":
             kept = trainer.update.keep_activations(config.sequence_len)
             if rank == 0:
@@ -126,6 +142,13 @@ def run_worker(
     trainer.write_progress("done", now=True)
     report({"step": state.step, "eval_loss": trainer.eval_loss, "stopped": not finished})
     return {"step": state.step, "stopped": not finished}
+
+
+def begin_phase(phase: str, run: RunDir, rank: int, watchdog: Watchdog) -> None:
+    """Tell the watchdog, and as rank 0 the driver, of a phase before training."""
+    watchdog.enter(phase)
+    if rank == 0:
+        run.write_progress({"phase": phase})
 
 
 @dataclass
@@ -156,6 +179,7 @@ def finish(trainer: Trainer, config: Config, base: str, targets: LoraTargets | N
     best, step = trainer.best, trainer.state.step
     if config.load_best_model_at_end and best.step not in (None, step):
         step = best.step
+        trainer.watchdog.enter("loading", step)
         load_weights(trainer.run_dir.checkpoint_dir(step), trainer.trainee.parameters)
     complete_prompts(trainer, config, base, "after", step)
     trainer.write_progress("exporting", now=True)

@@ -66,6 +66,8 @@ def prepare(plan, config, stop, progress):
 
 def worker(loop_config):
     """Counts steps until it is told to stop, or fails as BEHAVIOUR says."""
+    import signal
+
     import ray.train
     import torch.distributed as dist
 
@@ -76,6 +78,10 @@ def worker(loop_config):
     behaviour = os.environ["STUB_BEHAVIOUR"]
     rank = ray.train.get_context().get_world_rank()
     dist.barrier()
+    if behaviour == "hangs":
+        return hang_once(loop_config, run, rank)
+    if behaviour == "dies" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "ours" and rank == 1:
         raise PatchError("the self-test failed: document B moved by 0.5")
     if behaviour == "crash":
@@ -107,6 +113,34 @@ def worker(loop_config):
         run.adapter_dir.mkdir()
         run.write_progress({"phase": "done", "step": steps, "max_steps": steps})
     return {"step": steps, "stopped": False}
+
+
+def hang_once(loop_config, run, rank):
+    """Rank 1 hangs after step 3, in C and with the interpreter's lock; the next workers find a checkpoint."""
+    import ctypes
+
+    import torch.distributed as dist
+
+    from nemo_ray.train.watchdog import Watchdog
+
+    if run.newest_checkpoint() is None:
+        with Watchdog(run.rank_file(rank), rank, loop_config["config"].ray.hang_timeout_s) as watchdog:
+            if rank == 0:
+                run.write_progress({"phase": "training", "step": 3})
+                folder = run.checkpoint_dir(2)
+                folder.mkdir(parents=True)
+                (folder / "state.json").write_text("{}")
+            dist.barrier()
+            watchdog.enter("training", 3)
+            if rank == 1:
+                ctypes.PyDLL(None).sleep(300)
+            watchdog.wait()
+            dist.barrier()
+    if rank == 0:
+        run.append_metrics({"step": 4, "loss": 3.0})
+        run.adapter_dir.mkdir()
+        run.write_progress({"phase": "done", "step": 4})
+    return {"step": 4, "stopped": False}
 
 
 def main() -> int:

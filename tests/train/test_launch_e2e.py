@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,31 @@ def test_an_unknown_error_is_tried_once_more_and_points_to_its_traceback(
     place = f"(full traceback: {run.error_file})"
     assert errors(launch.output) == [f"error: ValueError: shapes differ {place}"]
     assert run.error_file.read_text().count("--- worker 0") == 2 and not run.holds_run()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_rank_that_hangs_is_told_with_its_stack_and_replaced(run: RunDir, launches: list[Started]) -> None:
+    launch = start(launches, "hangs", run, "ray.hang_timeout_s=3")
+    assert launch.end(240) == 0, launch.output
+    told = [line for line in launch.output.splitlines() if "starting again" in line]
+    assert len(told) == 1 and not errors(launch.output), launch.output
+    assert re.match(r"rank 1 \(host \S+, pid \d+, in phase training after step 3\) made no progress", told[0])
+    assert told[0].endswith(f"; its stack is in {run.error_file}: starting again from step-2")
+    assert "in hang_once" in run.error_file.read_text()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_failures_without_a_checkpoint_end_the_run(run: RunDir, launches: list[Started]) -> None:
+    launch = start(launches, "dies", run, "ray.max_failures=1")
+    assert launch.end(240) == 1, launch.output
+    assert (
+        launch.output.count("rank 1 was killed, by a signal or for want of memory: starting again from") == 1
+    )
+    (error,) = errors(launch.output)
+    assert "rank 1 was killed" in error and "2 failures without a new checkpoint" in error
+    assert "ray.max_failures is 1 (1 restart in all)" in error
 
 
 @pytest.mark.long
