@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -495,6 +494,6 @@ def test_the_result_counts_the_steps_that_were_skipped(run: RunDir) -> None:
 
 def test_sizes() -> None:
     assert (summary.gib(2**31), summary.gib(3 * 2**20)) == ("2.0 GiB", "3 MiB")
-    wanted = SimpleNamespace(num_workers=2, per_worker={"CPU": 1.0, "GPU": 1.0})
+    wanted = resources.Demand(2, True, {"CPU": 1.0, "GPU": 1.0})
     text = summary.describe_workers(wanted, config(), "a cluster")  # type: ignore[arg-type]
     assert text == "2 with 1 CPU + 1 GPU each, mesh 1 x 2 (replicate x shard), on a cluster"
