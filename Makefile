@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart lint unit test test-long clean
+.PHONY: install quickstart lint unit test test-long soak clean
 
 install: $(VENV)/.installed
 
@@ -26,13 +26,16 @@ lint: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/lint-imports --no-cache
 
 unit: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e and not long and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e and not long and not gpu and not soak"
 
 test: lint unit
 	$(BIN)/python -m pytest -m "e2e and not long and not gpu"
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "long and not gpu"
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -s -m soak
 
 clean:
 	rm -rf $(VENV) outputs
