@@ -123,7 +123,9 @@ def hang_once(loop_config, run, rank):
 
     from nemo_ray.train.watchdog import Watchdog
 
-    if run.newest_checkpoint() is None:
+    first_attempt = run.newest_checkpoint() is None
+    dist.barrier()  # rank 0 writes one below
+    if first_attempt:
         with Watchdog(run.rank_file(rank), rank, loop_config["config"].ray.hang_timeout_s) as watchdog:
             if rank == 0:
                 run.write_progress({"phase": "training", "step": 3})
