@@ -51,7 +51,8 @@ class Masker:
         self._loaded = loaded
         self._headers: dict[str, list[int]] = {}
         self._finds = re.compile("|".join(map(re.escape, cut_tokens))).finditer if cut_tokens else None
-        numbers = [loaded.tokenizer.token_to_id(token) for token in cut_tokens]
+        vocabulary = loaded.tokenizer.token_to_id
+        numbers = [number for token in cut_tokens if (number := vocabulary(token)) is not None]
         # Larger ids are clipped to the last entry, which is no token's.
         self._is_cut = np.zeros(max(numbers, default=0) + 2, dtype=bool)
         self._is_cut[numbers] = True
