@@ -11,13 +11,20 @@ import json
 import pickle
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nemo_ray.data.encode import Sample
 from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo, digest
 from nemo_ray.data.order import EpochOrder, window_order
+from nemo_ray.data.pack_counts import CountsWriter, KnownCounts, counts_path
+from nemo_ray.data.shards import ShardStats, read_stats, write_shard
 from nemo_ray.data.window_list import Span, Window, WindowList
 from nemo_ray.data.windows import blocks_of
 
@@ -28,6 +35,8 @@ SEQUENCE_LEN = 4096
 PACKS_PER_WINDOW = 256
 GPUS_PER_NODE = 8
 STEPS = 20
+SHARDS = 2_000
+"""Of which the statistics are read: all would fill a disk."""
 
 
 def windows_of(num_files: int, source: int, rows_per_window: int) -> Iterator[Window]:
@@ -70,6 +79,36 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - began
 
 
+def measure_counts(plan: DataPlan) -> dict[str, float]:
+    """What knowing the packs of every window takes of a reader: from one file, and from the shards."""
+    with tempfile.TemporaryDirectory(prefix="scale-") as folder:
+        plan = replace(plan, directory=folder)
+        writer = CountsWriter(plan)
+
+        def write() -> None:
+            for window in plan.windows:
+                writer.add(window, PACKS_PER_WINDOW)
+            writer.write()
+
+        def ask(counts: KnownCounts) -> list[int | None]:
+            return [counts.of(index) for index in range(len(plan.windows))]
+
+        _, write_s = timed(write)
+        known, read_s = timed(lambda: ask(KnownCounts(plan)))
+        assert known == [PACKS_PER_WINDOW] * len(plan.windows)
+        sample = Sample(np.zeros(1, np.int32), np.ones(1, np.uint8))
+        paths = [str(Path(folder, f"{number}.arrow")) for number in range(SHARDS)]
+        for path in paths:
+            write_shard(path, [sample], [0], [[0]], ShardStats(1, 1, 1, 1, 1, 0, 0))
+        _, shards_s = timed(lambda: [read_stats(path) for path in paths])
+        return {
+            "packs of all windows, MB": Path(counts_path(plan)).stat().st_size / 1e6,
+            "packs of all windows noted, s": write_s,
+            "packs of all windows read, s": read_s,
+            "the same from local shards, s": shards_s / SHARDS * len(plan.windows),
+        }
+
+
 def measure(num_rows: int, num_nodes: int) -> dict[str, float]:
     """Figures by name; the unit is in the name."""
     plan, plan_s = timed(lambda: make_plan(num_rows))
@@ -103,6 +142,7 @@ def measure(num_rows: int, num_nodes: int) -> dict[str, float]:
         "a step's packs drawn, ms": 1e3 * draw_s / STEPS,
         "place in a checkpoint, kB": len(place) / 1e3,
         "place taken up, s": restore_s,
+        **measure_counts(plan),
         "most memory of this process, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3,
     }
 

@@ -83,6 +83,8 @@ def attempt(url: str, doing: str, work: Callable[[fs.FileSystem, str], T], *, la
         except (FileNotFoundError, StorageError):
             raise
         except OSError as error:
+            if str(error).startswith(_NOT_THERE):
+                raise FileNotFoundError(f"{redact(url)}: {error}") from None
             passes, explanation = _diagnose(str(error), location)
             if not passes or number == ATTEMPTS:
                 tries = f" {number} times" if number > 1 else ""
@@ -91,7 +93,15 @@ def attempt(url: str, doing: str, work: Callable[[fs.FileSystem, str], T], *, la
     raise AssertionError("the last attempt returns or raises")
 
 
+def no_bucket(url: str, doing: str) -> StorageError:
+    """The error of a URL whose bucket is not there."""
+    return StorageError(f"{redact(url)}: {doing} failed: {_no_bucket(parse(url))}")
+
+
 # -- what went wrong ------------------------------------------------------------------------------
+
+_NOT_THERE = "No such file or directory"
+"""What pyarrow 26 says of a folder of Google Cloud Storage that is not there, by an OSError without errno."""
 
 _NO_BUCKET = (
     "NO_SUCH_BUCKET",
@@ -135,7 +145,7 @@ def _diagnose(text: str, location: Location) -> tuple[bool, str]:
 
     variables = credential_variables(location.scheme)
     if says(_NO_BUCKET):
-        return False, f"there is no bucket {location.container}; create it, or correct the URL"
+        return False, _no_bucket(location)
     if says(_BAD_CREDENTIALS):
         return False, f"the credentials are not accepted ({_short(text)}); set {variables} again"
     if says(_DENIED):
@@ -155,6 +165,10 @@ def _diagnose(text: str, location: Location) -> tuple[bool, str]:
         host = f"{where} (AWS_ENDPOINT_URL)" if location.scheme == "s3" and where else "its host"
         return True, f"{host} cannot be reached; is the address right, and the network up?"
     return True, f"{_short(text)}; it may pass: start again later"
+
+
+def _no_bucket(location: Location) -> str:
+    return f"there is no bucket {location.container}; create it, or correct the URL"
 
 
 def _short(text: str) -> str:

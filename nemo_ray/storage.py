@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from pyarrow import fs
 
-from nemo_ray.object_store import attempt, connect
+from nemo_ray.object_store import attempt, connect, no_bucket
 from nemo_ray.urls import is_url as is_url
 from nemo_ray.urls import parse
 
@@ -238,7 +238,10 @@ def _put(url: str, data: bytes) -> None:
         stream.write(data)
         stream.close()
 
-    attempt(url, "writing", work, large=len(data) > _ONE_REQUEST_BYTES)
+    try:
+        attempt(url, "writing", work, large=len(data) > _ONE_REQUEST_BYTES)
+    except FileNotFoundError:  # so Google Cloud Storage says it
+        raise no_bucket(url, "writing") from None
 
 
 def remove_partials(folder: str, older_than_s: float) -> None:

@@ -6,6 +6,7 @@ rows a run takes is sources.py's.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,7 +20,7 @@ from nemo_ray.errors import ConfigError, DataError
 from nemo_ray.hub_datasets import local_path
 from nemo_ray.storage import is_url, open_input
 
-__all__ = ["BLANK_LINE", "RUN_ROWS", "FileIndex", "read_span", "scan", "sniff_json"]
+__all__ = ["BLANK_LINE", "RUN_ROWS", "FileIndex", "read_span", "read_spans", "scan", "sniff_json"]
 
 _LARGEST_ARRAY_BYTES = 512 << 20
 
@@ -48,13 +49,19 @@ def read_span(path: str, file_format: FileFormat, span: Span, columns: list[str]
     `columns` are those that a Parquet or Arrow file is read for; others are not decoded. Lists of numbers
     come from there as NumPy arrays.
     """
+    return read_spans(path, file_format, [span], columns)
+
+
+def read_spans(path: str, file_format: FileFormat, spans: Sequence[Span], columns: list[str]) -> list[Any]:
+    """The rows of several spans of a file, one after the other; see `read_span`."""
     path = local_path(path)
     try:
         if file_format in LINE_FORMATS:
-            return read_lines(path, file_format, span)
+            return [row for span in spans for row in read_lines(path, file_format, span)]
         if file_format in TABLE_FORMATS:
-            return read_table(path, file_format, span, columns)
-        return _load_array(path, facts_of(path).size_bytes)[span.start : span.stop]
+            return read_table(path, file_format, spans, columns)
+        rows = _load_array(path, facts_of(path).size_bytes)
+        return [row for span in spans for row in rows[span.start : span.stop]]
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 

@@ -45,7 +45,7 @@ class SourceInfo:
     held_out_rows: int
     rows_per_window: int
     tokens_per_row: float
-    """Estimated from the first rows; rows that are dropped count as 0."""
+    """Estimated from some rows (probe.py); rows that are dropped count as 0."""
     evaluation_only: bool
     weight: float | None = None
     """Its part of an epoch's tokens, relative to the other sources' weights; None: each row once an epoch."""

@@ -182,7 +182,7 @@ def mixing(facts: Facts) -> str:
         )
         rows.append([source["label"], *(meter(own, sum(every), kind) for every, own in figures)])
     words = (
-        "Parts of an epoch. Planned: estimated from the first rows, before anything was prepared; tokens: "
+        "Parts of an epoch. Planned: estimated from some rows, before anything was prepared; tokens: "
         "in the order in which the epoch is trained"
     )
     if mix["estimated_windows"]:

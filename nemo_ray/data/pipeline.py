@@ -22,6 +22,7 @@ import ray.data
 
 from nemo_ray.config.schema import DataSection
 from nemo_ray.data.manifest import DataPlan
+from nemo_ray.data.pack_counts import CountsWriter
 from nemo_ray.data.prepare import WindowTask, prepare_window, window_task
 from nemo_ray.data.review import Progress, Review, missing_windows, not_writable, require_writable, survey
 from nemo_ray.data.shards import DamagedShardError, ShardStats, read_stats
@@ -62,16 +63,25 @@ def prepare(
             require_writable(plan)
         review = Review(plan, data.max_rejected_share, listing=listing, progress=progress)
         review.add_existing(found)
+        counts = CountsWriter(plan)
+        for window, known in found:
+            if known is not None:
+                counts.add(window, known.packs)
         job = _Job(
             plan=replace(plan, windows=WindowList(missing), eval_windows=WindowList()),
             held_out=frozenset(window.key for window in plan.eval_windows),
             data=data,
             base_model=base_model,
         )
-        for index, stats in _run(job, num_cpus):
-            review.add(missing[index], stats)
-            if stop.is_set():
-                return
+        try:
+            for index, stats in _run(job, num_cpus):
+                counts.add(missing[index], stats.packs)
+                counts.write_sometimes()
+                review.add(missing[index], stats)
+                if stop.is_set():
+                    return
+        finally:
+            counts.write()
         review.finish()
     except Exception as error:
         if stop.is_set():  # it was told to end, perhaps by an end of Ray under its feet

@@ -16,6 +16,7 @@ import numpy as np
 
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.order import OPEN_WINDOWS, EpochOrder
+from nemo_ray.data.pack_counts import KnownCounts, counts_path
 from nemo_ray.data.packing import Int64, Pack, filler_pack
 from nemo_ray.data.shard_cache import open_shard
 from nemo_ray.data.shards import DamagedShardError, Shard, read_stats
@@ -50,6 +51,8 @@ class _Read(NamedTuple):
 
     window: Window
     pack: int
+    num_packs: int
+    """That the order was made with."""
 
 
 Repair = Callable[[Window], None]
@@ -66,10 +69,19 @@ class _Shards:
         self._repair = repair
         self._fetched_s = 0.0
         self._waiting = ShardWait(plan, timeout_s)
+        self._counts = KnownCounts(plan)
         self._shards: OrderedDict[tuple[int, str], tuple[Shard, Int64, Int64]] = OrderedDict()
 
-    def num_packs(self, window: Window) -> int:
-        """From the shard's statistics alone; waits for the shard."""
+    def num_packs(self, index: int) -> int:
+        """Of plan.windows[index], or, from len(plan.windows) on, of an evaluation window.
+
+        From the plan's counts, else from the shard's statistics alone, for which it waits.
+        """
+        known = self._counts.of(index)
+        if known is not None:
+            return known
+        plan, beyond = self._plan, index - len(self._plan.windows)
+        window = plan.windows[index] if beyond < 0 else plan.eval_windows[beyond]
         return self._whole(window, read_stats).packs
 
     def _whole(self, window: Window, read: Callable[[str], T]) -> T:
@@ -97,6 +109,12 @@ class _Shards:
     def read(self, read: _Read) -> Pack:
         """The pack, padded to sequence_len."""
         shard, starts, first_rows = self._open(read.window)
+        if shard.num_packs != read.num_packs:
+            place = self._plan.shard_path(read.window)
+            raise DataError(
+                f"{counts_path(self._plan)} says {read.num_packs} packs of {place}, which has "
+                f"{shard.num_packs}: it was made again by other versions; delete both and start again"
+            )
         rows = shard.rows(read.pack)
         span = np.searchsorted(starts, rows, side="right") - 1
         sample_rows: Int64 = first_rows[span] + (rows - starts[span])
@@ -205,7 +223,8 @@ class PackReader:
             position = self._order.draw()
             if position is None:
                 break
-            reads.append(_Read(self._plan.windows[position.window], position.pack))
+            window = self._plan.windows[position.window]
+            reads.append(_Read(window, position.pack, self._packs_of[position.window]))
         if not reads:
             return None
         self._cursor += len(reads)
@@ -224,7 +243,7 @@ class PackReader:
 
     def _num_packs(self, window: int) -> int:
         if window not in self._packs_of:
-            self._packs_of[window] = self._ranks.shards.num_packs(self._plan.windows[window])
+            self._packs_of[window] = self._ranks.shards.num_packs(window)
         return self._packs_of[window]
 
 
@@ -260,6 +279,7 @@ class EvalReader:
         return self._ranks.step(reads, self._cursor, {}, 1.0 if end else 0.0, end)
 
     def _all(self) -> Iterator[_Read]:
-        for window in self._plan.eval_windows:
-            for pack in range(self._ranks.shards.num_packs(window)):
-                yield _Read(window, pack)
+        for index, window in enumerate(self._plan.eval_windows, start=len(self._plan.windows)):
+            num_packs = self._ranks.shards.num_packs(index)
+            for pack in range(num_packs):
+                yield _Read(window, pack, num_packs)

@@ -20,19 +20,19 @@ import numpy as np
 
 from nemo_ray.config.schema import DataSection, DatasetSpec
 from nemo_ray.data.entries import files_of
-from nemo_ray.data.files import RUN_ROWS, FileIndex, read_span
+from nemo_ray.data.files import RUN_ROWS, FileIndex
 from nemo_ray.data.formats import format_of
 from nemo_ray.data.formats.base import resolve
-from nemo_ray.data.formats.fields import check_columns, check_fields
+from nemo_ray.data.formats.fields import check_columns
 from nemo_ray.data.formats.notices import notices_of
 from nemo_ray.data.held_out import choose_fraction, choose_rows
 from nemo_ray.data.manifest import FORMAT_VERSION, DataPlan, FileInfo, SourceInfo, digest
 from nemo_ray.data.mixing import describe_mix
 from nemo_ray.data.opening import open_files, unpacked_notices
-from nemo_ray.data.prepare import dataset_specs, encode_rows, fit, row_columns
+from nemo_ray.data.prepare import dataset_specs
+from nemo_ray.data.probe import probe
 from nemo_ray.data.splits import parse_split, taken_rows
 from nemo_ray.data.tables import TableIndex
-from nemo_ray.data.template import RowError
 from nemo_ray.data.tokenizer import LoadedTokenizer, TokenizerSpec, load_tokenizer
 from nemo_ray.data.window_list import Span, Window, WindowList
 from nemo_ray.data.window_size import kept_window_size
@@ -42,8 +42,6 @@ from nemo_ray.hub_cache import Say
 from nemo_ray.storage import absolute
 
 PACKS_PER_WINDOW = 256
-_PROBED_ROWS = 256
-_PROBED_FILES = 4
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def _open_source(
         shard = "" if spec.shards is None else f" for part {spec.shards_idx} of {spec.shards} shards"
         raise DataError(f"{key}: {spec.path}{part} holds no rows{shard}")
     indexes = tuple(file.index for file in opened)
-    tokens_per_row = _probe(spec, key, data, tokenizer, files, indexes, taken)
+    tokens_per_row = probe(spec, key, data, tokenizer, files, indexes, taken)
     settings = _settings(spec, data, loaded)
     wanted = _rows_per_window(tokens_per_row, data)
     known_by = [spec.path, spec.name, spec.data_files, settings, data.sample_packing, PACKS_PER_WINDOW]
@@ -185,45 +183,6 @@ def _settings(spec: DatasetSpec, data: DataSection, loaded: LoadedTokenizer) -> 
     fields = format_of(spec).settings(spec)
     return digest(
         loaded.identity, fields, data.train_on_inputs, data.sequence_len, data.excess_length_strategy
-    )
-
-
-def _probe(
-    spec: DatasetSpec,
-    key: str,
-    data: DataSection,
-    tokenizer: TokenizerSpec,
-    files: Sequence[FileInfo],
-    indexes: Sequence[FileIndex],
-    taken: Sequence[tuple[int, int]],
-) -> float:
-    """Mean tokens of the first rows of a few files: dropped and rejected ones count as 0, cut ones as cut."""
-    rows: list[object] = []
-    filled = [number for number, (start, stop) in enumerate(taken) if start < stop]
-    spread = filled[:: -(-len(filled) // _PROBED_FILES)]
-    for number in dict.fromkeys([*spread, *filled]):
-        start, stop = taken[number]
-        count = min(stop - start, _PROBED_ROWS - len(rows), -(-_PROBED_ROWS // len(spread)))
-        if count > 0:
-            span = indexes[number].span(number, start, count)
-            rows += read_span(files[number].path, files[number].format, span, row_columns(spec))
-    results = encode_rows(rows, spec, tokenizer, data.train_on_inputs)
-    rejected = [result for result in results if isinstance(result, RowError)]
-    if len(rejected) == len(results):
-        _refuse(spec, key, rejected, rows)
-    samples = [sample for result in results if not isinstance(result, RowError) for sample in result]
-    splits, truncate = format_of(spec).splits, data.excess_length_strategy == "truncate"
-    kept = [part for sample in samples for part in fit(sample, data.sequence_len, splits, truncate)]
-    return sum(len(part.ids) for part in kept) / len(rows)
-
-
-def _refuse(spec: DatasetSpec, key: str, rejected: list[RowError], rows: list[object]) -> None:
-    """Every probed row was rejected: say why, as an error of the key where a field is not there."""
-    first = rejected[0]
-    check_fields(spec, key, rejected, rows[0])
-    detail = f" ({first.detail})" if first.detail else ""
-    raise DataError(
-        f"{key}: none of the first {len(rejected)} rows of {spec.path} can be used: {first.reason}{detail}"
     )
 
 

@@ -7,6 +7,7 @@ import bisect
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ def scan_table(path: str, file_format: FileFormat, identity: str) -> TableIndex:
 
 def _batches(file: Any, path: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """The record batches of an Arrow file or stream in order; of a mapped file only their heads are read."""
+    file.seek(0)
     head = file.read(len(_ARROW_FILE))
     file.seek(0)
     if head == _ARROW_FILE:
@@ -111,15 +113,25 @@ def _explained(path: str, file_format: FileFormat, part: str = "") -> Iterator[N
 # -- reading --------------------------------------------------------------------------------------
 
 
-def read_table(path: str, file_format: FileFormat, span: Span, columns: Sequence[str]) -> list[Any]:
-    """The rows of a span, of those columns that are there. Raises DataError."""
+def read_table(
+    path: str, file_format: FileFormat, spans: Sequence[Span], columns: Sequence[str]
+) -> list[Any]:
+    """The rows of spans, of those columns that are there. Raises DataError.
+
+    Groups that several spans share are decoded once, where the spans follow each other.
+    """
+    read = _read_groups if file_format == "parquet" else _read_batches
+    rows: list[Any] = []
     with _explained(path, file_format), _opened(path) as file:
-        read = _read_groups if file_format == "parquet" else _read_batches
-        table, before = read(file, path, span, columns)
-        part = table.slice(span.first_row - before, span.num_rows)
-        if part.num_rows != span.num_rows:
-            raise changed(path)
-        return rows_of(part)
+        for _, within in groupby(spans, key=lambda span: (span.start, span.stop)):
+            some = list(within)
+            table, before = read(file, path, some[0], columns)
+            for span in some:
+                part = table.slice(span.first_row - before, span.num_rows)
+                if part.num_rows != span.num_rows:
+                    raise changed(path)
+                rows += rows_of(part)
+    return rows
 
 
 def _read_groups(file: Any, path: str, span: Span, columns: Sequence[str]) -> tuple[pa.Table, int]:

@@ -65,6 +65,11 @@ class WindowList(Sequence[Window]):
         self._ends: Int64 = np.array(ends, dtype=np.int64)
         self._spans: Int64 = np.array(spans, dtype=np.int64).reshape(-1, len(Span._fields))
 
+    @property
+    def keys(self) -> npt.NDArray[np.bytes_]:
+        """(windows,) the key of each."""
+        return self._keys
+
     def __len__(self) -> int:
         return len(self._keys)
 

@@ -346,7 +346,7 @@ def test_a_weight_is_part_of_the_plan_and_not_of_the_shards(base: Path, tmp_path
         ("x.csv", b"txt,b\n1,2\n", {"type": "completion"}, "has txt, b; did you mean 'txt'"),
         ("x.csv", b"", {"type": "completion"}, "holds no rows"),
         ("x.txt", b"", {"type": "completion"}, "holds no rows"),
-        ("x.txt", b"\xff\xfe\n" * 3, {"type": "completion"}, "none of the first 3 rows .*: invalid UTF-8"),
+        ("x.txt", b"\xff\xfe\n" * 3, {"type": "completion"}, "none of 3 rows .*: invalid UTF-8"),
     ],
 )
 def test_unusable_files_are_refused(

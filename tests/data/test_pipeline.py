@@ -14,6 +14,7 @@ from nemo_ray.data import sources
 from nemo_ray.data.__main__ import main
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.order import window_order
+from nemo_ray.data.pack_counts import read_counts
 from nemo_ray.data.reader import PackReader
 from nemo_ray.data.review import Prepared
 from nemo_ray.data.shards import read_stats
@@ -108,6 +109,8 @@ def test_shards_from_ray_are_those_made_here(
     assert [(now.windows, now.num_windows) for now in ready] == [(n + 1, count) for n in range(count)]
     assert (ready[-1].new_rows, ready[-1].rows_left) == (500, 0)
     assert rows == data_statistics(plan)["train"]["documents"] > 100
+    made = [read_stats(plan.shard_path(window)).packs for window in (*plan.windows, *plan.eval_windows)]
+    assert read_counts(plan).tolist() == made
     for window in (*plan.windows, *plan.eval_windows):
         assert read_bytes(plan.shard_path(window)) == read_bytes(here.shard_path(window))
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nemo_ray.data.encode import Sample
 from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo
 from nemo_ray.data.order import EpochOrder, window_order
+from nemo_ray.data.pack_counts import CountsWriter, KnownCounts, counts_path, read_counts
 from nemo_ray.data.packing import Pack
 from nemo_ray.data.reader import EvalReader, PackReader, StepPacks
 from nemo_ray.data.shards import ShardStats, write_shard
@@ -407,3 +408,49 @@ def test_held_out_packs_in_fixed_order(tmp_path: Path) -> None:
             seen += global_ids(step)[:count]
         assert all(reader.next_step() is None for reader in readers)
         assert [ids[0] for ids in seen] == [1, 2, 3, 4, 5, 11, 12, 13, 1, 2]
+
+
+# -- counts of packs in one file -------------------------------------------------------------------
+
+
+def write_counts(plan: DataPlan, *, leave_out: int = 0) -> None:
+    writer = CountsWriter(plan)
+    for window in plan.windows[leave_out:]:
+        writer.add(window, int(window.key.rsplit("p", 1)[1]))
+    writer.write()
+
+
+def test_no_shard_is_asked_for_what_the_counts_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = ready(tmp_path, [[3, 5, 0, 2], [1, 4]])
+    expected = rows_of(read(plan, epochs=2))
+    write_counts(plan)
+    assert read_counts(plan).tolist() == [3, 5, 0, 2, 1, 4]
+    monkeypatch.setattr("nemo_ray.data.reader.read_stats", None)
+    assert rows_of(read(plan, epochs=2)) == expected
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "flipped", "empty", "partial"])
+def test_what_the_counts_do_not_say_the_shards_do(tmp_path: Path, damage: str) -> None:
+    plan = ready(tmp_path, [[3, 5, 0, 2], [1, 4]])
+    expected = rows_of(read(plan))
+    write_counts(plan, leave_out=2 if damage == "partial" else 0)
+    path = Path(counts_path(plan))
+    data = path.read_bytes()
+    flipped = bytes([data[0] ^ 1]) + data[1:]
+    changed = {"short": data[:-3], "long": data + b"x", "flipped": flipped, "empty": b"", "partial": data}
+    path.write_bytes(changed[damage])
+    known = KnownCounts(plan)
+    assert [known.of(index) for index in range(6)] == (
+        [None, None, 0, 2, 1, 4] if damage == "partial" else [None] * 6
+    )
+    assert rows_of(read(plan)) == expected
+
+
+def test_counts_of_another_shard_are_never_trained_on(tmp_path: Path) -> None:
+    plan = ready(tmp_path, [[3, 5]])
+    writer = CountsWriter(plan)
+    for window in plan.windows:
+        writer.add(window, 2)
+    writer.write()
+    with pytest.raises(DataError, match="says 2 packs of .*, which has [35]: it was made again"):
+        read(plan)

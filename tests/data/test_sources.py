@@ -275,7 +275,7 @@ def test_a_fraction_is_met_on_many_rows() -> None:
             {},
             {},
             DataError,
-            r"datasets\[0\]: none of the first 3 rows .*: no assistant turn",
+            r"datasets\[0\]: none of 3 rows .*: no assistant turn",
         ),
     ],
 )

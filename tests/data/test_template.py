@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 
 from nemo_ray.config.schema import DatasetSpec
-from nemo_ray.data.encode import Encoder, Sample, cut
+from nemo_ray.data.encode import Encoder, Sample
 from nemo_ray.data.formats import format_of
+from nemo_ray.data.masks import Masker
 from nemo_ray.data.template import Rendered, RowError
 from nemo_ray.data.tokenizer import TOKENIZER_DEFAULT, TokenizerSpec, load_tokenizer
 from nemo_ray.errors import ConfigError
@@ -96,15 +97,6 @@ def test_offsets_trimmed_by_the_tokenizer_do_not_move_the_mask(tmp_path: Path) -
     row = {"messages": [{"role": "assistant", "content": "  quick"}]}
     samples = [one(encoder(folder).encode([row])) for folder in (plain, trimming)]
     assert samples[0].targets.tolist() == samples[1].targets.tolist() == reference(plain, row["messages"])[1]
-
-
-def test_pieces_join_to_the_text_and_cut_at_special_tokens() -> None:
-    rendered = Rendered("<A>head answer<B> tail <A>head more", ((8, 17), (30, 35)))
-    pieces = cut(rendered, ("<A>", "<B>"))
-    assert "".join(piece.text for piece in pieces) == rendered.text
-    assert [piece.text for piece in pieces] == ["<A>", "head answer<B>", " tail <A>", "head more"]
-    assert [piece.targets for piece in pieces] == [(), ((5, 14),), (), ((4, 9),)]
-    assert cut(rendered, ()) == [(rendered.text, rendered.targets)]
 
 
 def test_without_marks_targets_are_what_an_answer_adds(tmp_path: Path, base: Path) -> None:
@@ -229,18 +221,34 @@ def test_completion_is_the_tokenizers_own_encoding_and_eos(tmp_path: Path, adds_
 def test_the_fast_path_is_taken(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ordinary chats never need character offsets: they would cost half of the speed."""
     made = encoder(base)
-    monkeypatch.setattr("nemo_ray.data.encode._mask_by_offsets", None)
+    assert set(made.loaded.cut_tokens) >= {"<|im_start|>", "<|im_end|>"}
+    monkeypatch.setattr(Masker, "_by_offsets", None)
     assert not any(isinstance(result, RowError) for result in made.encode(chats(50)))
-    assert set(made.cut_tokens) >= {"<|im_start|>", "<|im_end|>"}
 
 
-def test_cutting_that_changes_ids_is_given_up(base: Path) -> None:
+def test_tokens_that_are_found_in_the_text_only_change_nothing(base: Path) -> None:
     made = encoder(base)
-    made.cut_tokens = ("h",)  # ordinary text: "the" is one token
+    made.masker = Masker(made.loaded, ("h", "<|im_end|>"))  # "the" is one token
     rows = chats(30, seed=1)
-    ids = [one([sample]).ids.tolist() for sample in made.encode(rows)]
-    assert made.cut_tokens == ()
-    assert ids == [one([sample]).ids.tolist() for sample in encoder(base).encode(rows)]
+    for found, sample in zip(encoder(base).encode(rows), made.encode(rows), strict=True):
+        assert one([found]).ids.tolist() == one([sample]).ids.tolist()
+        assert one([found]).targets.tolist() == one([sample]).targets.tolist()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<s>", "the", " quick", "🙂", "\n"])), st.data()
+)
+def test_masks_hold_for_any_spans(base: Path, words: list[str], data: st.DataObject) -> None:
+    """Found by special tokens, by headers or by offsets: what offsets of the whole text say."""
+    made, text = encoder(base), "".join(words)
+    places = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    spans = tuple(zip(places[::2], places[1::2], strict=False))
+    ids = np.array(made.loaded.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+    plain = Masker(made.loaded, ())
+    expected = [plain.mask(Rendered(text, (span,)), ids) for span in spans]
+    mask = made.masker.mask(Rendered(text, spans), ids)
+    assert mask.tolist() == np.max(expected or [np.zeros(len(ids), np.uint8)], axis=0).tolist()
 
 
 def test_config_errors_name_the_key(tmp_path: Path) -> None:
