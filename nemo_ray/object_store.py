@@ -24,11 +24,17 @@ ATTEMPTS = 5
 """That are made on top of the client libraries' own."""
 FIRST_PAUSE_S = 0.5
 """Between the first two attempts; doubled from one to the next."""
+LONGEST_PAUSE_S = 4.0
+PATIENCE_S = 120.0
+"""For which a store may be away that has answered this process before."""
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 20.0
 """For which a transfer may stand still."""
 
 T = TypeVar("T")
+
+_answered: set[tuple[str, str]] = set()
+"""Stores that this process has reached, as its connections are kept: the others may have a wrong address."""
 
 
 # -- connections ----------------------------------------------------------------------------------
@@ -77,20 +83,25 @@ def attempt(url: str, doing: str, work: Callable[[fs.FileSystem, str], T], *, la
     Raises: FileNotFoundError as it comes; StorageError.
     """
     location = parse(url)
-    for number in range(1, ATTEMPTS + 1):
+    store = location.scheme, location.container
+    began_s, number = time.monotonic(), 0
+    while True:
+        number += 1
         try:
-            return work(connect(location, large=large), location.inner)
+            found = work(connect(location, large=large), location.inner)
+            _answered.add(store)
+            return found
         except (FileNotFoundError, StorageError):
             raise
         except OSError as error:
             if str(error).startswith(_NOT_THERE):
                 raise FileNotFoundError(f"{redact(url)}: {error}") from None
             passes, explanation = _diagnose(str(error), location)
-            if not passes or number == ATTEMPTS:
+            patient = store in _answered and time.monotonic() - began_s < PATIENCE_S
+            if not passes or (number >= ATTEMPTS and not patient):
                 tries = f" {number} times" if number > 1 else ""
                 raise StorageError(f"{redact(url)}: {doing} failed{tries}: {explanation}") from None
-        time.sleep(FIRST_PAUSE_S * 2 ** (number - 1) * random.uniform(0.5, 1.0))
-    raise AssertionError("the last attempt returns or raises")
+        time.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (number - 1)) * random.uniform(0.5, 1.0))
 
 
 def no_bucket(url: str, doing: str) -> StorageError:

@@ -36,6 +36,7 @@ def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     for name, value in server.environ().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(object_store, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(object_store, "PATIENCE_S", 0.0)
     monkeypatch.setattr(object_store, "CLIENT_ATTEMPTS", 1)  # its pauses are long
     monkeypatch.setattr(object_store, "REQUEST_TIMEOUT_S", 1.0)
     object_store._connect.cache_clear()
@@ -121,6 +122,27 @@ def test_more_failures_than_the_client_bears(store: ObjectStore, monkeypatch: py
     store.put("bucket", "patience", b"x" * 100)
     store.fail_next(*(["503"] * 4))
     assert storage.read_bytes("s3://bucket/patience") == b"x" * 100
+
+
+def test_a_store_that_has_answered_may_be_away_for_a_while(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "PATIENCE_S", 60.0)
+    monkeypatch.setattr(object_store, "LONGEST_PAUSE_S", 0.05)
+    monkeypatch.setattr(object_store, "_answered", set())
+    store.put("bucket", "away", b"x")
+    store.fail_always("reset")
+    with pytest.raises(StorageError, match=f"failed {object_store.ATTEMPTS} times"):
+        storage.read_bytes("s3://bucket/away")  # a wrong address is told soon
+    store.fail_always(None)
+    assert storage.read_bytes("s3://bucket/away") == b"x"
+    store.fail_always("reset")
+    back = threading.Timer(3.0, store.fail_always, [None])
+    back.start()
+    began = time.monotonic()
+    assert storage.read_bytes("s3://bucket/away") == b"x"
+    assert time.monotonic() - began > 2.5
+    back.join()
 
 
 def test_many_objects_over_a_store_that_fails_often(store: ObjectStore) -> None:

@@ -2,14 +2,16 @@
 
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_ray.data.shard_cache import default_folder
 from nemo_ray.run_dir import RunDir
-from tests.e2e.command import TRAIN
+from tests.e2e.command import TRAIN, Command
 from tests.e2e.compare import assert_same_adapter, assert_same_course
 from tests.e2e.world import World
 from tests.object_store import ObjectStore
@@ -36,12 +38,17 @@ def forget(folders: set[Path]) -> None:
         shutil.rmtree(folder)
 
 
-def run(world: World, name: str, store: ObjectStore, bucket: str) -> RunDir:
+def start(world: World, name: str, store: ObjectStore, bucket: str, **changes: Any) -> Command:
     """Train over shards in the store."""
     config = world.write_yaml(
-        output_dir=str(world.run_dir(name).path), dataset_prepared_path=f"s3://{bucket}/prepared"
+        output_dir=str(world.run_dir(name).path), dataset_prepared_path=f"s3://{bucket}/prepared", **changes
     )
-    command = world.command(*TRAIN, str(config), **store.environ())
+    return world.command(*TRAIN, str(config), **store.environ())
+
+
+def run(world: World, name: str, store: ObjectStore, bucket: str) -> RunDir:
+    """The same, to its end."""
+    command = start(world, name, store, bucket)
     assert command.end() == 0, command.output
     assert "Traceback" not in command.output and not command.errors, command.output
     return world.run_dir(name)
@@ -68,3 +75,21 @@ def test_a_failing_store_and_a_damaged_shard_change_nothing(
     second = run(world, "stored-again", store, bucket)
     assert_same_course(second, reference)
     assert store.objects(bucket) == whole
+
+
+def test_a_store_that_is_away_for_20_s_is_waited_for(
+    world: World, reference: RunDir, store: ObjectStore
+) -> None:
+    """As soon as the first row is there, so while shards are still prepared and read."""
+    bucket = f"bucket-{secrets.token_hex(4)}"
+    store.create_bucket(bucket)
+    started, away = start(world, "away", store, bucket), world.run_dir("away")
+    started.wait_until(lambda: any(key.endswith(".arrow") for key in store.objects(bucket)))
+    store.fail_always("reset")
+    began = len(store.requests)
+    time.sleep(20)
+    assert len(store.requests) > began, "nothing was asked of the store meanwhile"
+    store.fail_always(None)
+    assert started.end() == 0, started.output
+    assert "Traceback" not in started.output and not started.errors, started.output
+    assert_same_course(away, reference)
