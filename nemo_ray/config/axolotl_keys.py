@@ -156,8 +156,8 @@ FOREIGN: tuple[Foreign, ...] = (
     ),
     notice(
         "streaming",
-        "training begins with the first shards anyway; files and URLs are read a window at a time, datasets "
-        "of the hub are downloaded first",
+        "training begins with the first shards anyway; files and URLs are read a window at a time, but the "
+        "chosen files of a dataset of the hub are downloaded first and stay on the disk (HF_HOME)",
     ),
     notice("remove_unused_columns", "only the fields that the dataset's entry names are read", (False, True)),
     refuse("shuffle_merged_datasets", "packs are always shuffled by seed; remove the key", (True,)),
