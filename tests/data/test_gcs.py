@@ -16,7 +16,6 @@ from nemo_ray.errors import StorageError
 from tests.data.helpers import chats, prepare_all, section
 from tests.data.test_files import as_lines, as_parquet
 
-pytest.importorskip("gcp_storage_emulator", reason="it is in the extra `dev`")
 
 _START_WITHIN_S = 60.0
 

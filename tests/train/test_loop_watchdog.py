@@ -9,6 +9,7 @@ import pytest
 from nemo_ray.data.reader import EvalReader, PackReader
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train import loop, worker
+from nemo_ray.train.checkpoint import Checkpointer
 from nemo_ray.train.update import Update
 from nemo_ray.train.watchdog import SLOW_FACTOR, WAIT_S, read_rank
 from tests.train.runs import KilledError, Runs
@@ -48,7 +49,7 @@ def test_waits_are_long_and_work_is_short(runs: Runs, monkeypatch: pytest.Monkey
     limits.at("first all-reduce", loop.Trainer, "_sum_over_workers")
     limits.at("step", Update, "__call__")
     limits.at("reading held-out rows", EvalReader, "next_step")
-    limits.at("saving", loop, "save_checkpoint")
+    limits.at("saving", Checkpointer, "start")
     limits.at("exporting", worker, "export")
     limits.at("building", worker, "make_trainee")
     run = runs.run("limits", save_steps=3, ray={"hang_timeout_s": TIMEOUT_S})
