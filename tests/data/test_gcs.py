@@ -16,7 +16,6 @@ from nemo_ray.errors import StorageError
 from tests.data.helpers import chats, prepare_all, section
 from tests.data.test_files import as_lines, as_parquet
 
-
 _START_WITHIN_S = 60.0
 
 # Its own server answers one connection at a time, and the client keeps several. It names its port in answers.
