@@ -29,10 +29,10 @@ unit: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not e2e and not long and not gpu and not soak"
 
 test: lint unit
-	$(BIN)/python -m pytest -m "e2e and not long and not gpu"
+	$(BIN)/python -m pytest -m "e2e and not long and not gpu and not soak"
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "long and not gpu"
+	$(BIN)/python -m pytest -m "long and not gpu and not soak"
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -s -m soak

@@ -16,7 +16,7 @@ from typing import Any
 
 from nemo_ray.config.schema import RaySection
 from nemo_ray.errors import ClusterError
-from nemo_ray.failures import is_final, is_lost_worker, one_line
+from nemo_ray.failures import is_final, is_lost_worker, one_line, root_cause
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.driver import Driver
 from nemo_ray.train.driver_lock import only_while_held
@@ -45,13 +45,30 @@ def fit(
     workers end when `driver` no longer holds the run's directory.
     Raises what Ray raises: see failures.py.
     """
+    from ray.exceptions import RayActorError
+    from ray.train import ControllerError
+
+    told = {"worker": worker, "output_dir": str(run.path), "loop_config": dict(loop_config), "driver": driver}
+    for start in range(CONTROLLER_FAILURES + 1):
+        try:
+            return _trainer(told, run, wanted, section).fit().return_value
+        except ControllerError as error:
+            # Ray 2.60 ends a run in which a worker dies before the controller has asked for it once.
+            died = isinstance(root_cause(error), RayActorError)
+            if start == CONTROLLER_FAILURES or not died:
+                raise
+            run.append_failure({"line": one_line(error), "restart": True})
+    raise AssertionError("the last start returns or raises")
+
+
+def _trainer(told: Mapping[str, Any], run: RunDir, wanted: Demand, section: RaySection) -> Any:
+    """A TorchTrainer for one start, under a name of its own."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    told = {"worker": worker, "output_dir": str(run.path), "loop_config": dict(loop_config), "driver": driver}
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _run_worker,
-        train_loop_config=told,
+        train_loop_config=dict(told),
         # gloo beside NCCL: counts and checkpoints are exchanged on the CPU, and never wait for the GPU.
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if wanted.use_gpu else "gloo",
@@ -76,7 +93,6 @@ def fit(
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
-    return trainer.fit().return_value
 
 
 def _worker_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -10,13 +10,11 @@ from tests.e2e.compare import assert_same_adapter, assert_same_course
 from tests.e2e.test_resume import TWO_WORKERS, wait_for_step
 from tests.e2e.world import World
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
-NUM_KILLS = 20
 SAVE_STEPS = 3
 LONG = {
     **TWO_WORKERS,
-    "max_steps": 100,
     "save_steps": SAVE_STEPS,
     "save_total_limit": 2,
     "eval_steps": 40,
@@ -25,22 +23,27 @@ LONG = {
 }
 
 
-def test_twenty_kills_in_one_run_change_nothing(world: World) -> None:
+@pytest.mark.parametrize(
+    "num_kills", [pytest.param(4, marks=pytest.mark.long), pytest.param(20, marks=pytest.mark.soak)]
+)
+def test_many_kills_in_one_run_change_nothing(world: World, num_kills: int) -> None:
     """With the default of 3 for ray.max_failures: there is a checkpoint between each two."""
-    wanted = world.finished("unkilled", **LONG)
+    settings = {**LONG, "max_steps": 6 * num_kills}
+    wanted = world.finished(f"unkilled-{num_kills}", **settings)
     draw = random.Random(7)
-    run, started = world.run_dir("killed-often"), world.train("killed-often", **LONG)
+    name = f"killed-{num_kills}-times"
+    run, started = world.run_dir(name), world.train(name, **settings)
     step, pids = 0, []
-    for _ in range(NUM_KILLS):
-        step += draw.randint(SAVE_STEPS + 1, SAVE_STEPS + 3)
-        assert step < LONG["max_steps"]
+    for _ in range(num_kills):
+        step += draw.randint(SAVE_STEPS + 1, SAVE_STEPS + 2)
+        assert step < settings["max_steps"]
         wait_for_step(started, run, step)
         workers = [pid for pid, title in started.tree().items() if title.startswith("ray::RayTrainWorker")]
         pids.append(draw.choice(sorted(workers)))
         os.kill(pids[-1], signal.SIGKILL)
     assert started.end() == 0, started.output
     told = [line for line in started.output.splitlines() if "starting again from step-" in line]
-    assert len(told) == NUM_KILLS, started.output
+    assert len(told) == num_kills, started.output
     assert all(f"pid {pid}, in phase " in line for pid, line in zip(pids, told, strict=True)), told
     assert "Traceback" not in started.output and not started.errors
     assert started.leaves_nothing_behind(), started.tree()

@@ -77,6 +77,9 @@ def worker(loop_config):
     run = RunDir(loop_config["output_dir"])
     behaviour = os.environ["STUB_BEHAVIOUR"]
     rank = ray.train.get_context().get_world_rank()
+    if behaviour == "dies at once" and rank == 1 and not (run.path / "died").exists():
+        (run.path / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
     if behaviour == "hangs":
         return hang_once(loop_config, run, rank)
@@ -91,7 +94,7 @@ def worker(loop_config):
     if first:
         run.update_run({"model": {"total": 1000, "trainable": 10}})
         run.append_metrics({"step": 0, "eval_loss": 4.0})
-    steps = 20 if behaviour == "finish" else NUM_STEPS
+    steps = 20 if behaviour in ("finish", "dies at once") else NUM_STEPS
     for step in range(1, steps + 1):
         time.sleep(0.02)
         if first:

@@ -164,6 +164,14 @@ def test_a_rank_that_hangs_is_told_with_its_stack_and_replaced(run: RunDir, laun
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
+def test_a_worker_that_dies_before_ray_asks_for_it_is_replaced(run: RunDir, launches: list[Started]) -> None:
+    launch = start(launches, "dies at once", run)
+    assert launch.end(240) == 0, launch.output
+    assert launch.output.count("starting again from the beginning") == 1 and not errors(launch.output)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
 def test_failures_without_a_checkpoint_end_the_run(run: RunDir, launches: list[Started]) -> None:
     launch = start(launches, "dies", run, "ray.max_failures=1")
     assert launch.end(240) == 1, launch.output
