@@ -81,8 +81,6 @@ class Checkpointer:
         """
         self.wait()
         final = self._run.checkpoint_dir(state.step)
-        if (final / STATE_NAME).exists():
-            return
         if dist.get_rank() == 0:
             self._run.flush_metrics()  # a run that goes on from here sends no row up to this step again
         attempt = self._run.own_attempt
