@@ -22,16 +22,18 @@ ENVIRONMENT = {
     "PATH": PATH,
     "RAY_AUTH_MODE": "token",  # a token of its own: Ray would keep one in the user's home
     "RAY_AUTH_TOKEN": TOKEN,
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray 2.60 listens on loopback only with this
 }
+_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""With which Ray 2.60 listens on loopback only, and takes no second node."""
 _START_WITHIN_S = 120.0
 
 
 class Nodes:
-    """A head with `num_cpus` and `resources` from the start; `add` brings more."""
+    """A head with `num_cpus` and `resources` from the start; `add` brings more, unless it is `alone`."""
 
-    def __init__(self, folder: Path, num_cpus: int, resources: str = "{}") -> None:
+    def __init__(self, folder: Path, num_cpus: int, resources: str, alone: bool) -> None:
         self._folder = folder
+        self.environment = {**ENVIRONMENT, **(_ALONE if alone else {})}
         # Paths of sockets are limited to 107 characters.
         self._short = tempfile.mkdtemp(prefix="nr-", dir="/tmp")
         self._ports = iter(_free_ports(40))
@@ -64,7 +66,7 @@ class Nodes:
                 *(f"--metrics-export-port={metrics}", "--object-store-memory=268435456"),
             ],
             self._folder / f"node-{len(self.commands)}.log",
-            **ENVIRONMENT,
+            **self.environment,
         )
         self.commands.append(command)
         return command
@@ -77,9 +79,9 @@ class Nodes:
 
 
 @contextmanager
-def nodes(folder: Path, num_cpus: int, resources: str = "{}") -> Iterator[Nodes]:
+def nodes(folder: Path, num_cpus: int, resources: str = "{}", alone: bool = False) -> Iterator[Nodes]:
     """A cluster for a `with` block."""
-    made = Nodes(folder, num_cpus, resources)
+    made = Nodes(folder, num_cpus, resources, alone)
     try:
         yield made
     finally:

@@ -8,7 +8,7 @@ import pytest
 from nemo_ray.run_dir import RunDir
 from tests.e2e.command import ROOT
 from tests.e2e.compare import assert_each_step_once, train_rows
-from tests.e2e.nodes import BIN, ENVIRONMENT, Nodes, nodes
+from tests.e2e.nodes import BIN, Nodes, nodes
 from tests.e2e.world import World
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[Nodes]:
     """`ray start --head` in the foreground, on loopback only."""
-    with nodes(tmp_path, num_cpus=3) as made:
+    with nodes(tmp_path, num_cpus=3, alone=True) as made:
         yield made
 
 
@@ -28,10 +28,10 @@ def test_the_quickstart_as_a_job(world: World, head: Nodes, tmp_path: Path) -> N
         *(*ray, "submit", f"--address={head.dashboard}", "--submission-id=quickstart", "--working-dir=."),
         *("--", "python", "-m", "nemo_ray.train", "configs/quickstart.yaml", "max_steps=3"),
         *("evals_per_epoch=", "completion_prompts=", f"ray.storage_path={storage}"),
-        **ENVIRONMENT,
+        **head.environment,
     )
     assert job.end() == 0, job.output
-    status = world.command(*ray, "status", f"--address={head.dashboard}", "quickstart", **ENVIRONMENT)
+    status = world.command(*ray, "status", f"--address={head.dashboard}", "quickstart", **head.environment)
     assert status.end(60) == 0 and "succeeded" in status.output, status.output
 
     run = RunDir(storage / "outputs" / "quickstart")

@@ -9,7 +9,7 @@ import pytest
 from nemo_ray.run_dir import RunDir
 from tests.e2e.command import TRAIN, Command
 from tests.e2e.compare import assert_same_adapter, assert_same_course
-from tests.e2e.nodes import BIN, ENVIRONMENT, Nodes, nodes
+from tests.e2e.nodes import BIN, Nodes, nodes
 from tests.e2e.test_resume import SAVED, wait_for_step
 from tests.e2e.world import World
 
@@ -32,7 +32,7 @@ def train(world: World, name: str, cluster: Nodes, num_workers: Any) -> Command:
         "resources_per_worker": {"CPU": 1, "seat": 1},
     }
     config = world.write_yaml(output_dir=str(world.run_dir(name).path), micro_batch_size=2, ray=ray)
-    return world.command(*TRAIN, str(config), **ENVIRONMENT)
+    return world.command(*TRAIN, str(config), **cluster.environment)
 
 
 def ends_like(started: Command, run: RunDir, reference: RunDir) -> None:
@@ -82,5 +82,5 @@ def drain(world: World, cluster: Nodes) -> None:
         f"print(GcsClient(address={cluster.address!r}).drain_node(node['NodeID'],\n"
         "  pb.DRAIN_NODE_REASON_PREEMPTION, 'spot', __import__('time').time_ns() // 10**6 + 60_000))\n"
     )
-    told = world.command(str(BIN / "python"), "-c", script, **ENVIRONMENT)
+    told = world.command(str(BIN / "python"), "-c", script, **cluster.environment)
     assert told.end(60) == 0, told.output
