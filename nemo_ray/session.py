@@ -28,8 +28,6 @@ _ENVIRONMENT = {
     # A stopped process is waited for, 10 minutes. A minute is enough for what holds the interpreter's lock
     # rightly (an import from a cold network disk), and for what Ray notices by itself (a dead node, in 30 s).
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
-    # How long a lost node may take to come back; longer starts are counted, over the whole run.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # workers' prints come twice
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers leave the directory that a job's paths are relative to
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that calls Ray after its end starts another one

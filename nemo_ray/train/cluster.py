@@ -27,6 +27,7 @@ from nemo_ray.train.restarts import Restarts
 from nemo_ray.train.watchdog import RankState, collective_timeout_s
 
 CONTROLLER_FAILURES = 3
+ELASTIC_CONTROLLER_FAILURES = 100
 LOOK_WITHIN_S = 20.0
 WorkerFunction = Callable[[Mapping[str, Any]], Any]
 
@@ -87,12 +88,24 @@ def _trainer(told: Mapping[str, Any], run: RunDir, wanted: Demand, section: RayS
             name=f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}",
             storage_path=str(run.ray_dir),
             # Lost workers are counted by our own callback: Ray counts those of a week like those of an hour.
-            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=CONTROLLER_FAILURES),
+            failure_config=FailureConfig(
+                max_failures=-1,
+                controller_failure_limit=CONTROLLER_FAILURES
+                if wanted.at_least is None
+                else ELASTIC_CONTROLLER_FAILURES,
+            ),
             worker_runtime_env={"env_vars": _worker_environment(os.environ)},
             callbacks=[_judge_failures(run, section.max_failures)],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
+
+
+def environment(wanted: Demand) -> dict[str, str]:
+    """Settings of Ray's that the driver must have before `fit`, unless the user chose otherwise."""
+    # How long workers may take to start; Ray 2.60 counts longer starts over the whole run. A lost node may
+    # take minutes to come back. Where fewer workers are enough, it is the time until Ray tries with fewer.
+    return {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300" if wanted.at_least is None else "45"}
 
 
 def _worker_environment(environ: Mapping[str, str]) -> dict[str, str]:

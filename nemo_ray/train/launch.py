@@ -247,6 +247,7 @@ class Launch:
                 if data.error is not None:
                     raise data.error
             display.stage(f"starting {wanted.num_workers} worker{'s' if wanted.num_workers > 1 else ''}")
+            self.environment.add(cluster.environment(wanted))
             loop_config = {"config": config, "plan": plan, "output_dir": str(run.path)}
             fit = Background(
                 "fit",

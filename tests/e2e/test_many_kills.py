@@ -10,7 +10,7 @@ from tests.e2e.compare import assert_same_adapter, assert_same_course
 from tests.e2e.test_resume import TWO_WORKERS, wait_for_step
 from tests.e2e.world import World
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, pytest.mark.soak, pytest.mark.timeout(1800)]
 
 SAVE_STEPS = 3
 LONG = {
@@ -23,9 +23,7 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize(
-    "num_kills", [pytest.param(4, marks=pytest.mark.long), pytest.param(20, marks=pytest.mark.soak)]
-)
+@pytest.mark.parametrize("num_kills", [4, 20])
 def test_many_kills_in_one_run_change_nothing(world: World, num_kills: int) -> None:
     """With the default of 3 for ray.max_failures: there is a checkpoint between each two."""
     settings = {**LONG, "max_steps": 6 * num_kills}

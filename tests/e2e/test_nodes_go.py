@@ -52,6 +52,7 @@ def test_a_lost_node_leaves_fewer_workers(world: World, reference: RunDir, clust
     assert run.read_run()["world_size"] == 1
 
 
+@pytest.mark.soak
 def test_a_lost_node_is_replaced(world: World, reference: RunDir, cluster: Nodes) -> None:
     lost = cluster.add(1, ROOM_FOR_ONE)
     run, started = world.run_dir("node-replaced"), train(world, "node-replaced", cluster, 2)
