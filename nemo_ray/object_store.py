@@ -16,7 +16,7 @@ from typing import TypeVar
 from pyarrow import fs
 
 from nemo_ray.errors import StorageError
-from nemo_ray.urls import ANONYMOUS, VARIABLES, Location, credential_variables, parse, redact
+from nemo_ray.urls import ANONYMOUS, VARIABLES, Location, credential_variables, is_url, parse, redact
 
 CLIENT_ATTEMPTS = 3
 """That the S3 client makes of each request by itself."""
@@ -102,6 +102,13 @@ def attempt(url: str, doing: str, work: Callable[[fs.FileSystem, str], T], *, la
                 tries = f" {number} times" if number > 1 else ""
                 raise StorageError(f"{redact(url)}: {doing} failed{tries}: {explanation}") from None
         time.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (number - 1)) * random.uniform(0.5, 1.0))
+
+
+def expect_answers(path: str) -> None:
+    """Another process of this run has reached the store of `path`, if that is a URL: be patient with it."""
+    if is_url(path):
+        location = parse(path)
+        _answered.add((location.scheme, location.container))
 
 
 def no_bucket(url: str, doing: str) -> StorageError:

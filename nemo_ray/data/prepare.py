@@ -24,6 +24,7 @@ from nemo_ray.data.shards import ShardStats, write_shard
 from nemo_ray.data.template import RowError
 from nemo_ray.data.tokenizer import TokenizerSpec, load_tokenizer
 from nemo_ray.data.window_list import Span, Window
+from nemo_ray.object_store import expect_answers
 
 LISTED_REJECTIONS = 1000
 """Rejected rows that a shard lists; all are counted."""
@@ -69,6 +70,8 @@ def window_task(
 
 def prepare_window(task: WindowTask) -> ShardStats:
     """Write the window's shard and return its statistics. Raises DataError or ConfigError."""
+    for path in (task.path, *(path for path, _, _ in task.spans)):  # the driver has planned them
+        expect_answers(path)
     # Rows and samples are a great many containers, none of them in a cycle: looking for cycles takes 6%.
     collecting = gc.isenabled()
     gc.disable()

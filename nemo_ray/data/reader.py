@@ -23,6 +23,7 @@ from nemo_ray.data.shards import DamagedShardError, Shard, read_stats
 from nemo_ray.data.waiting import ShardWait
 from nemo_ray.data.window_list import Window
 from nemo_ray.errors import DataError
+from nemo_ray.object_store import expect_answers
 from nemo_ray.storage import remove
 from nemo_ray.urls import is_url
 
@@ -65,6 +66,7 @@ class _Shards:
     """Open shards of a plan, a few at a time."""
 
     def __init__(self, plan: DataPlan, timeout_s: float, repair: Repair | None) -> None:
+        expect_answers(plan.directory)  # the driver has planned it
         self._plan = plan
         self._repair = repair
         self._fetched_s = 0.0

@@ -79,7 +79,7 @@ def drain(world: World, cluster: Nodes) -> None:
     script = (
         "import ray; from ray._raylet import GcsClient; from ray.core.generated import autoscaler_pb2 as pb\n"
         f"node, = [n for n in (ray.init({cluster.address!r}, logging_level='ERROR'), ray.nodes())[1]\n"
-        "  if n['NodeManagerAddress'] != '127.0.0.1']\n"
+        "  if n['NodeManagerAddress'] == '127.0.0.2']\n"
         f"print(GcsClient(address={cluster.address!r}).drain_node(node['NodeID'],\n"
         "  pb.DRAIN_NODE_REASON_PREEMPTION, 'spot', __import__('time').time_ns() // 10**6 + 60_000))\n"
     )
