@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -70,12 +71,18 @@ def test_run_json(world: World, reference: RunDir) -> None:
     assert 0 < facts["model"]["trainable"] < facts["model"]["total"]
 
 
+def names(folder: Path) -> set[str]:
+    """Without those that begin with a dot, which are not part of the contract."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
 def test_files(reference: RunDir) -> None:
-    assert {path.name for path in reference.path.iterdir()} == {
+    assert names(reference.path) == {
         *("adapter", "checkpoints", "completions.jsonl", "data_plan.json", "rejected.jsonl"),
         *("metrics.jsonl", "progress.json", "run.json", "tensorboard"),
     }
-    assert {path.name for path in reference.checkpoints_dir.iterdir()} == {"step-4", "step-8", "step-12"}
+    assert names(reference.checkpoints_dir) == {"step-4", "step-8", "step-12"}
+    assert names(reference.checkpoint_dir(12)) == {"state.json", "tensors.json", "rank-0.safetensors"}
     assert len(reference.complete_checkpoints()) == 3
     found = {path.name for path in reference.adapter_dir.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= found

@@ -92,8 +92,9 @@ def test_a_run_to_its_end(run: RunDir, launches: list[Started]) -> None:
     facts = run.read_run()
     assert (facts["outcome"], facts["world_size"], facts["data_fingerprint"]) == ("finished", 2, "f00d")
     assert facts["model"] == {"total": 1000, "trainable": 10}
-    assert {path.name for path in run.path.iterdir()} == {
-        *("adapter", "completions.jsonl", "data_plan.json", "metrics.jsonl", "progress.json", "run.json")
+    assert {path.name for path in run.path.iterdir() if not path.name.startswith(".")} == {
+        *("adapter", "checkpoints", "completions.jsonl", "data_plan.json"),
+        *("metrics.jsonl", "progress.json", "run.json"),
     }
     assert start(launches, "finish", run).end() == 2
 
