@@ -13,7 +13,7 @@ from tests.e2e.nodes import BIN, Nodes, nodes
 from tests.e2e.test_resume import SAVED, wait_for_step
 from tests.e2e.world import World
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.soak, pytest.mark.timeout(900)]
 ROOM_FOR_ONE = '{"seat": 1}'
 
 
@@ -53,7 +53,6 @@ def test_a_lost_node_leaves_fewer_workers(world: World, reference: RunDir, clust
     assert run.read_run()["world_size"] == 1
 
 
-@pytest.mark.soak
 def test_a_lost_node_is_replaced(world: World, reference: RunDir, cluster: Nodes) -> None:
     lost = cluster.add(1, ROOM_FOR_ONE)
     run, started = world.run_dir("node-replaced"), train(world, "node-replaced", cluster, 2)
@@ -63,7 +62,6 @@ def test_a_lost_node_is_replaced(world: World, reference: RunDir, cluster: Nodes
     ends_like(started, run, reference)
 
 
-@pytest.mark.soak
 def test_a_node_that_is_taken_back_costs_no_step(world: World, cluster: Nodes) -> None:
     """Ray asks every 5 s, so the run is longer than the others."""
     longer = {"max_steps": 120, "save_steps": 100, "eval_steps": 60, "learning_rate": 1e-3}
