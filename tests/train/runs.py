@@ -4,6 +4,7 @@ Over a tiny random base, chats to train on, and two held-out sets: chats and tex
 """
 
 import itertools
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,14 @@ class Runs:
         return WorkerSpec(config, plan, str(run.path))
 
     def run(self, name: str, *, die_at_evaluation: int | None = None, **changes: Any) -> RunDir:
-        """The run `name` with one worker, in this process; it may die right after an evaluation."""
+        """The run `name` with one worker, in this process; it may die right after an evaluation, when the
+        checkpoint of the last `save_steps` before it is there."""
         spec = self.spec(name, **changes)
 
         def report(figures: Mapping[str, Any]) -> None:
             if figures["step"] == die_at_evaluation:
+                every = changes.get("save_steps") or figures["step"]
+                _wait_for(RunDir(spec.output_dir), (figures["step"] - 1) // every * every)
                 raise KilledError
 
         with group_of_one():
@@ -89,6 +93,14 @@ class Runs:
         (self.folder / name).mkdir()
         run_in_group(_worker, 2, self.folder / name, spec, limit_s=120)
         return RunDir(spec.output_dir)
+
+
+def _wait_for(run: RunDir, step: int) -> None:
+    """Return when the checkpoint of `step` has its name; it is written while training goes on."""
+    end = time.monotonic() + 60
+    while step and step not in run.checkpoint_steps():
+        assert time.monotonic() < end, f"no checkpoint of step {step}"
+        time.sleep(0.01)
 
 
 def _worker(rank: int, spec: WorkerSpec) -> None:

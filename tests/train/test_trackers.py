@@ -215,17 +215,18 @@ def test_tensorboard_after_a_death_before_the_first_checkpoint(runs: Runs) -> No
 def test_event_files_hold_all_rows_before_a_checkpoint_is_there(runs: Runs) -> None:
     """A process that dies right after a checkpoint leaves no hole."""
     spec = runs.spec("flushed", save_steps=2, eval_steps=3)
-    run, seen = RunDir(spec.output_dir), []
+    run, seen = RunDir(spec.output_dir), set()
 
     def report(told: Mapping[str, Any]) -> None:
-        if run.checkpoint_steps() and run.checkpoint_steps()[-1] not in seen:
-            seen.append(run.checkpoint_steps()[-1])
+        new = set(run.checkpoint_steps()) - seen
+        seen.update(new)
+        if new:  # saved while training goes on: later rows may be there as well
             points = tensorboard_points(run.tensorboard_dir)
-            assert {step for name, step in points if name == "train/loss"} == set(range(1, seen[-1] + 1))
+            assert {step for name, step in points if name == "train/loss"} >= set(range(1, max(new) + 1))
 
     with group_of_one():
         run_worker(spec, CPU, report)
-    assert seen == [2, 4, 6]
+    assert seen == {2, 4, 6}
 
 
 def test_wandb_offline(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
