@@ -5,6 +5,7 @@ store is spoken to is object_store.py's. Errors of a store are StorageError, whi
 """
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import re
 import shutil
 import time
 import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -26,6 +28,9 @@ _REMOTE_READ_BYTES = 4 << 20
 
 _ONE_REQUEST_BYTES = 4 << 20
 """Smaller objects are written by one request, larger ones in parts."""
+
+_IN_FLIGHT_BYTES = 64 << 20
+"""Of an object that are on their way at once: S3's parts are sent beside each other, from copies."""
 
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{12}\.partial")
 
@@ -63,6 +68,14 @@ def open_input(path: str) -> BinaryIO:
     if not is_url(path):
         return open(path, "rb")
     return cast(BinaryIO, io.BufferedReader(_RemoteFile(path), _REMOTE_READ_BYTES))
+
+
+def open_ranges(path: str) -> io.RawIOBase:
+    """Open a file for reading just what is asked for: of an object, each `readinto` is one request.
+
+    Raises OSError.
+    """
+    return _RemoteFile(path) if is_url(path) else open(path, "rb", buffering=0)
 
 
 class _RemoteFile(io.RawIOBase):
@@ -211,18 +224,34 @@ def _aside(path: Path) -> Path:
 def publish_bytes(path: str | Path, data: bytes) -> None:
     """Write `data` to `path`, replacing what was there, so that no reader ever sees a part of it.
 
-    An object appears when its last request succeeds: it needs no other name to be written under. Raises
-    OSError.
+    Raises OSError.
+    """
+    publish_blocks(path, lambda: [data], len(data))
+
+
+def publish_blocks(
+    path: str | Path, blocks: Callable[[], Iterable[bytes | memoryview]], size_bytes: int
+) -> None:
+    """As publish_bytes, without all of it in memory a second time.
+
+    An object appears when its last request succeeds: it needs no other name to be written under.
+
+    Args:
+        blocks: of some megabytes each; called again for every attempt. They lie in memory: giving them
+            raises no OSError.
+        size_bytes: of them all.
+
+    Raises OSError.
     """
     if is_url(str(path)):
-        _put(str(path), data)
+        _put(str(path), blocks, size_bytes)
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _aside(path)
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            file.writelines(blocks())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -231,17 +260,40 @@ def publish_bytes(path: str | Path, data: bytes) -> None:
         raise
 
 
-def _put(url: str, data: bytes) -> None:
+def _put(url: str, blocks: Callable[[], Iterable[bytes | memoryview]], size_bytes: int) -> None:
     def work(system: fs.FileSystem, inner: str) -> None:
         # No `with`: at an error it would close the stream, which publishes what was written so far.
         stream = system.open_output_stream(inner, compression=None)  # not by the name's suffix
-        stream.write(data)
+        try:
+            _write_blocks(system, stream, blocks())
+        except OSError:
+            # A request has failed, and so closing fails: here, not where the stream is freed, which would
+            # hold up the other threads.
+            with contextlib.suppress(OSError):
+                stream.close()
+            raise
+        except BaseException:
+            # No request has failed, so freeing the stream would publish a part (pyarrow 26), and pyarrow
+            # has no other way to end it: it is never freed.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
+            raise
         stream.close()
 
     try:
-        attempt(url, "writing", work, large=len(data) > _ONE_REQUEST_BYTES)
+        attempt(url, "writing", work, large=size_bytes > _ONE_REQUEST_BYTES)
     except FileNotFoundError:  # so Google Cloud Storage says it
         raise no_bucket(url, "writing") from None
+
+
+def _write_blocks(system: fs.FileSystem, stream: Any, blocks: Iterable[bytes | memoryview]) -> None:
+    """Into a stream that is not closed yet."""
+    in_flight = 0
+    for block in blocks:
+        stream.write(block)
+        in_flight += len(block)
+        if in_flight >= _IN_FLIGHT_BYTES and system.type_name == "s3":
+            stream.flush()  # waits for its parts; that of an Azure stream would publish them
+            in_flight = 0
 
 
 def remove_partials(folder: str, older_than_s: float) -> None:
@@ -270,6 +322,21 @@ def remove(path: str) -> None:
         attempt(path, "deleting", lambda system, inner: system.delete_file(inner))
     except FileNotFoundError:
         return
+
+
+def remove_folder(folder: str | Path, first: str | None = None) -> None:
+    """Delete a folder with all that is in it, if it is there: its file `first` before the others, so that
+    what is complete by that file never passes for complete on the way. Raises OSError.
+    """
+    folder = str(folder)
+    if not is_url(folder):
+        remove_tree(folder)
+        return
+    assert parse(folder).key, "a folder, not the bucket"
+    if first is not None:
+        remove(join(folder, first))
+    with contextlib.suppress(FileNotFoundError):
+        attempt(folder, "deleting", lambda system, inner: system.delete_dir(inner.rstrip("/")))
 
 
 # -- folders, on file systems only ----------------------------------------------------------------

@@ -157,6 +157,75 @@ def test_many_objects_over_a_store_that_fails_often(store: ObjectStore) -> None:
     assert sum(request.fault is not None for request in store.requests) > 10
 
 
+@pytest.mark.parametrize("fault", ["500", "reset", "lost reply"])
+@pytest.mark.parametrize("before", [0, 2])
+def test_blocks_are_sent_again_from_the_first(store: ObjectStore, fault: Fault, before: int) -> None:
+    begun = []
+
+    def blocks() -> Iterator[memoryview]:
+        begun.append(len(begun))
+        view = memoryview(LARGE)
+        yield from (view[: 4 << 20], view[4 << 20 :], view, view, view)
+
+    faults: list[Fault | None] = [*[None] * before, fault]
+    choose = store._choose
+    store._choose = lambda method, path: faults.pop(0) if faults and method == "PUT" else None
+    storage.publish_blocks("s3://bucket/blocks", blocks, 4 * len(LARGE))
+    store._choose = choose
+    assert begun == [0, 1]
+    assert store.objects("bucket")["blocks"] == LARGE * 4
+
+
+def test_blocks_wait_for_those_before_them(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large object only what is on its way is in memory."""
+    monkeypatch.setattr(storage, "_IN_FLIGHT_BYTES", 8 << 20)
+    part_bytes, waiting = 10 << 20, []
+
+    def choose(method: str, path: str) -> Fault | None:
+        time.sleep(0.2 if method == "PUT" else 0)
+        return None
+
+    monkeypatch.setattr(store, "_choose", choose)
+
+    def blocks() -> Iterator[bytes]:
+        before = len(store.requests)
+        for number in range(12):
+            sent = sum(request.method == "PUT" for request in store.requests[before:])
+            waiting.append((number << 22) - sent * part_bytes)
+            yield LARGE[: 4 << 20]
+
+    storage.publish_blocks("s3://bucket/slow", blocks, 48 << 20)
+    assert store.objects("bucket")["slow"] == LARGE[: 4 << 20] * 12
+    assert max(waiting) <= (8 << 20) + part_bytes
+
+
+# -- a folder goes --------------------------------------------------------------------------------
+
+
+def test_a_folder_goes_with_what_makes_it_complete_first(store: ObjectStore) -> None:
+    for name in ("step-1/a", "step-1/state.json", "step-1/z/b", "step-10/a"):
+        store.put("bucket", f"steps/{name}", b"x")
+    store.fail_always("500", method="POST")
+    with pytest.raises(StorageError, match="^s3://bucket/steps/step-1: deleting failed"):
+        storage.remove_folder("s3://bucket/steps/step-1", "state.json")
+    store.fail_always(None)
+    assert not storage.exists("s3://bucket/steps/step-1/state.json")
+    assert storage.exists("s3://bucket/steps/step-1/a")
+    store.fail_next("lost reply", method="POST")
+    for _ in range(2):
+        storage.remove_folder("s3://bucket/steps/step-1/", "state.json")
+        assert storage.list_files("s3://bucket/steps") == ["s3://bucket/steps/step-10/a"]
+    keys = store.client().list_objects_v2(Bucket="bucket", Prefix="steps/step-1/")
+    assert keys["KeyCount"] == 0  # nor what stands for an empty folder
+
+
+def test_a_folder_of_a_file_system_goes(tmp_path: Path) -> None:
+    storage.publish_bytes(tmp_path / "step-1" / "state.json", b"x")
+    for _ in range(2):
+        storage.remove_folder(tmp_path / "step-1", "state.json")
+        assert list(tmp_path.iterdir()) == []
+
+
 # -- a write that does not end well ---------------------------------------------------------------
 
 
@@ -190,6 +259,37 @@ def test_a_writer_that_is_killed_leaves_nothing(store: ObjectStore) -> None:
     process.wait(10)
     store.fail_always(None)
     assert "killed" not in store.objects("bucket")
+
+
+def test_blocks_that_break_off_leave_nothing(store: ObjectStore) -> None:
+    """Neither at once, nor when what was left of the upload is freed, at the latest as the process ends."""
+    code = """
+import gc
+from nemo_ray import storage
+
+def blocks():
+    for _ in range(12):
+        yield bytes(1 << 20)
+    raise KeyboardInterrupt
+
+for size in (1, 12 << 20):
+    try:
+        storage.publish_blocks(f"s3://bucket/broken-{size}", blocks, size)
+    except KeyboardInterrupt:
+        pass
+gc.collect()
+print("caught")
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | store.environ(),
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "caught\n")
+    assert any("/broken" in request.path for request in store.requests)
+    assert not any(key.startswith("broken") for key in store.objects("bucket"))
 
 
 def test_two_writers_of_one_object_leave_one_of_both(store: ObjectStore) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from nemo_ray.errors import CheckpointError
 from nemo_ray.run_dir import RunDir
-from nemo_ray.storage import read_json, remove_tree
+from nemo_ray.storage import publish_json, read_json, remove_tree
 from nemo_ray.train.best import steps_to_delete
 from nemo_ray.train.checkpoint_files import STATE_NAME, Reader, Writer
 from nemo_ray.train.optim import AdamW, AdamW8bit
@@ -85,7 +85,8 @@ class Checkpointer:
             self._run.flush_metrics()  # a run that goes on from here sends no row up to this step again
         attempt = self._run.own_attempt
 
-        def publish() -> None:
+        def publish(content: dict[str, Any]) -> None:
+            publish_json(attempt.aside(final) / STATE_NAME, content)
             attempt.publish(final)
             if self._keep is not None:
                 for step in steps_to_delete(self._run.checkpoint_steps(), self._keep, best):

@@ -1,20 +1,27 @@
-"""Checkpoints as safetensors files, for torch.distributed.checkpoint: written aside, read back, published.
+"""Checkpoints as safetensors files, for torch.distributed.checkpoint: written, read back, read by slices.
 
     rank-R.safetensors   the parts of tensors that worker R wrote, under the tensors' names
     tensors.json         of each tensor: dtype, shape, and where its parts lie
     state.json           what the caller adds, and "files": size and XXH3 of each other file; written last
 
-torch decides who writes and reads which part; no pickle is written or read. What the tensors mean is
-checkpoint.py's business.
+On a file system they are written into a folder that has no name yet. In an object store they are written
+where they stay, with a token of the workers' start in their names (rank-R.TOKEN.safetensors,
+tensors.TOKEN.json): state.json, one object, names those that belong together, whatever else an older start
+leaves beside them.
+
+torch decides who writes and reads which part; no pickle is written or read. What the tensors mean, and how
+state.json is published, is checkpoint.py's business.
 """
 
+import io
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import xxhash
@@ -24,13 +31,17 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from nemo_ray.errors import CheckpointError
-from nemo_ray.storage import publish_json, read_json
+from nemo_ray.errors import CheckpointError, StorageError
+from nemo_ray.storage import file_facts, is_url, join, open_ranges, publish_blocks, read_json
 
 STATE_NAME = "state.json"
-_INDEX_NAME = "tensors.json"
+_TENSORS_SUFFIX = ".safetensors"
 _AT_ONCE_BYTES = 16 * 2**20
+_SKIPPED_BYTES = 2**20
+"""Read along with what is needed around them: another request to a store would take longer."""
 _ALIGNMENT = 8
+_LENGTH_BYTES = 8
+"""The length of a safetensors file's header, in front of it."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -54,43 +65,61 @@ class FileFacts:
     xxh3: str
 
     @classmethod
-    def of(cls, path: Path) -> "FileFacts":
-        """As the disk gives it, not as memory remembers it."""
+    def of(cls, blocks: Iterable[bytes | memoryview]) -> "FileFacts":
         digest, size = xxhash.xxh3_128(), 0
-        with open(path, "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while block := file.read(_AT_ONCE_BYTES):
-                digest.update(block)
-                size += len(block)
+        for block in blocks:
+            digest.update(block)
+            size += len(block)
         return cls(size, digest.hexdigest())
+
+
+def _content(path: str) -> Iterator[memoryview]:
+    """A file as the disk or the store gives it, not as memory remembers it; a block holds until the next."""
+    buffer = memoryview(bytearray(_AT_ONCE_BYTES))
+    with open_ranges(path) as file:
+        if not is_url(path):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while count := file.readinto(buffer):
+            yield buffer[:count]
 
 
 # -- writing --------------------------------------------------------------------------------------
 
 
 class Writer(StorageWriter):
-    """One checkpoint on its way into `folder`, which rank 0 makes; `publish` gives it its name."""
+    """One checkpoint on its way into `folder`.
+
+    Args:
+        folder: path of a folder that rank 0 makes, or URL where the checkpoint is to lie.
+        state: what state.json holds besides "files".
+        publish: takes the content of state.json when all the rest is written, and publishes the checkpoint.
+        token: part of the names; on a store, of one start of the workers only.
+    """
 
     def __init__(
-        self, folder: Path, rank: int, state: Mapping[str, Any], publish: Callable[[], None]
+        self,
+        folder: Path | str,
+        rank: int,
+        state: Mapping[str, Any],
+        publish: Callable[[dict[str, Any]], None],
+        token: str = "",
     ) -> None:
-        self.folder, self.rank, self.state, self._publish = folder, rank, dict(state), publish
+        self.folder, self.rank, self.state, self._publish = str(folder), rank, dict(state), publish
+        self._token = f".{token}" if token else ""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        if is_coordinator:
-            self.folder.mkdir()  # not its parents: they are gone where a newer start took over
+        if is_coordinator and not is_url(self.folder):
+            os.mkdir(self.folder)  # not its parents: they are gone where a newer start took over
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this worker's parts into one file, and hold what the disk has against what was written."""
+        """Write this worker's parts into one file."""
         if not plan.items:
             return _done([])
         parts = {item.index: planner.resolve_data(item) for item in plan.items}
         tensors = {index.fqn: _plain(part) for index, part in parts.items()}
         assert len(tensors) == len(parts), "one part of a tensor a worker"
-        path = self.folder / f"rank-{self.rank}.safetensors"
-        facts = _write_tensors(path, tensors)
-        _read_back(path, facts)
-        stored = _Stored(path.name, facts)
+        name = f"rank-{self.rank}{self._token}{_TENSORS_SUFFIX}"
+        stored = _Stored(name, _write(join(self.folder, name), lambda: _tensor_blocks(tensors)))
         sizes = {index: tensors[index.fqn].nbytes for index in parts}
         return _done([WriteResult(index, sizes[index], stored) for index in parts])
 
@@ -101,13 +130,13 @@ class Writer(StorageWriter):
         for result in (result for of_rank in results for result in of_rank):
             where[result.index.fqn].append((result.index, result.storage_data.file))
             files[result.storage_data.file] = result.storage_data.facts
-        index = self.folder / _INDEX_NAME
         entries = metadata.state_dict_metadata
-        publish_json(index, {name: _entry(entries[name], parts) for name, parts in sorted(where.items())})
-        files[index.name] = FileFacts.of(index)
+        index = {name: _entry(entries[name], parts) for name, parts in sorted(where.items())}
+        text = json.dumps(index, indent=2).encode() + b"\n"
+        name = f"tensors{self._token}.json"
+        files[name] = _write(join(self.folder, name), lambda: [text])
         listed = {name: {"bytes": facts.size_bytes, "xxh3": facts.xxh3} for name, facts in files.items()}
-        publish_json(self.folder / STATE_NAME, {**self.state, "files": listed})
-        self._publish()
+        self._publish({**self.state, "files": listed})
 
     # What torch asks of a writer and this one has no use for.
 
@@ -136,8 +165,8 @@ def _plain(part: Any) -> torch.Tensor:
     return tensor
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileFacts:
-    """A safetensors file, without a second copy of it in memory. Synced to the disk."""
+def _tensor_blocks(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, without a second copy of it in memory."""
     header, offset = {}, 0
     for name, tensor in tensors.items():
         stop = offset + tensor.nbytes
@@ -149,28 +178,41 @@ def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileFacts
         offset = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    digest, size = xxhash.xxh3_128(), 0
+    yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    for tensor in tensors.values():
+        data = tensor.view(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(data), _AT_ONCE_BYTES):
+            yield data[start : start + _AT_ONCE_BYTES]
+
+
+def _write(path: str, blocks: Callable[[], Iterable[bytes | memoryview]]) -> FileFacts:
+    """Write a file, and hold what the disk or the store gives back against what was written."""
+    wanted = FileFacts.of(blocks())
+    if is_url(path):
+        publish_blocks(path, blocks, wanted.size_bytes)
+    else:
+        _write_synced(path, blocks())
+    found = FileFacts.of(_content(path))
+    if found != wanted:
+        place = "store" if is_url(path) else "disk"
+        raise CheckpointError(
+            f"{path}: the {place} gives back other bytes than were written ({found.size_bytes:,} of "
+            f"{wanted.size_bytes:,} bytes, or another content); look at the {place}"
+        )
+    return wanted
+
+
+def _write_synced(path: str, blocks: Iterable[bytes | memoryview]) -> None:
+    """Under its own name, and to the disk."""
     with open(path, "wb", buffering=0) as file:
-        blocks = [len(text).to_bytes(8, "little") + text]
-        for block in (*blocks, *(tensor.view(-1).view(torch.uint8).numpy() for tensor in tensors.values())):
-            digest.update(block)
-            size += len(block)
+        for block in blocks:
             _write_all(file.fileno(), memoryview(block))
         os.fsync(file.fileno())
-    return FileFacts(size, digest.hexdigest())
 
 
 def _write_all(handle: int, data: memoryview) -> None:
     while data:
-        data = data[os.write(handle, data[:_AT_ONCE_BYTES]) :]
-
-
-def _read_back(path: Path, wanted: FileFacts) -> None:
-    if (found := FileFacts.of(path)) != wanted:
-        raise CheckpointError(
-            f"{path}: the disk gives back other bytes than were written ({found.size_bytes:,} of "
-            f"{wanted.size_bytes:,} bytes, or another content); look at the disk"
-        )
+        data = data[os.write(handle, data) :]
 
 
 def _entry(tensor: Any, parts: list[tuple[dcp.MetadataIndex, str]]) -> dict[str, Any]:
@@ -192,8 +234,8 @@ def _entry(tensor: Any, parts: list[tuple[dcp.MetadataIndex, str]]) -> dict[str,
 class Reader(StorageReader):
     """A complete checkpoint."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = str(folder)
         self._files: dict[tuple[str, tuple[int, ...]], str] = {}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
@@ -210,10 +252,15 @@ class Reader(StorageReader):
         return dcp.Metadata(entries)
 
     def _index(self) -> dict[str, Any]:
+        path = join(self.folder, STATE_NAME)
         try:
-            found: dict[str, Any] = read_json(self.folder / _INDEX_NAME)
+            (name,) = (name for name in read_json(path)["files"] if not name.endswith(_TENSORS_SUFFIX))
+            path = join(self.folder, name)
+            found: dict[str, Any] = read_json(path)
+        except KeyError:
+            raise CheckpointError(f"{path} lists no files") from None
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder / _INDEX_NAME} cannot be read: {error}") from None
+            raise _unreadable(path, error) from None
         return found
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -223,15 +270,15 @@ class Reader(StorageReader):
             name = item.storage_index.fqn
             wanted[self._files[name, tuple(item.storage_index.offset or ())]].append(item)
         for file, items in wanted.items():
-            path = self.folder / file
+            path = join(self.folder, file)
+            read = _read_object if is_url(path) else _read_file
             try:
-                with safe_open(path, framework="pt") as opened:
-                    for item in items:
-                        target = planner.resolve_tensor(item)
-                        target.copy_(_slice(opened, item))
-                        planner.commit_tensor(item, target)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} cannot be read: {error}") from None
+                for item, part in read(path, items):
+                    target = planner.resolve_tensor(item)
+                    target.copy_(part)
+                    planner.commit_tensor(item, target)
+            except (OSError, ValueError, SafetensorError) as error:
+                raise _unreadable(path, error) from None
         return _done(None)
 
     # What torch asks of a reader and this one has no use for.
@@ -253,28 +300,124 @@ class Reader(StorageReader):
         return True
 
 
-def _slice(opened: Any, item: ReadItem) -> torch.Tensor:
-    name = item.storage_index.fqn
-    if not item.lengths:
-        scalar: torch.Tensor = opened.get_tensor(name)
-        return scalar
+def _unreadable(path: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        str(error) if isinstance(error, StorageError) else f"{path} cannot be read: {error}"
+    )
+
+
+def _read_file(path: str, items: Iterable[ReadItem]) -> Iterator[tuple[ReadItem, torch.Tensor]]:
+    with safe_open(path, framework="pt") as opened:
+        for item in items:
+            name = item.storage_index.fqn
+            whole = opened.get_slice(name) if item.lengths else opened.get_tensor(name)
+            yield item, whole[_slices(item)]
+
+
+def _slices(item: ReadItem) -> tuple[slice, ...]:
     ranges = zip(item.storage_offsets, item.lengths, strict=True)
-    part: torch.Tensor = opened.get_slice(name)[tuple(slice(start, start + n) for start, n in ranges)]
-    return part
+    return tuple(slice(start, start + length) for start, length in ranges)
 
 
-def damage(folder: Path, part: int, parts: int) -> str | None:
+class _Rows(NamedTuple):
+    """The rows of a stored tensor that an item needs, and where they lie in the file."""
+
+    start: int
+    stop: int
+    item: ReadItem
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _read_object(url: str, items: Iterable[ReadItem]) -> Iterator[tuple[ReadItem, torch.Tensor]]:
+    """In the order of the file, and no more than lies close together at once."""
+    with open_ranges(url) as file:
+        header, data_start = _header(file)
+        wanted = sorted((_rows(header, data_start, item) for item in items), key=lambda rows: rows.start)
+        for together in _close_together(wanted):
+            start = together[0].start
+            data = _range(file, start, max(rows.stop for rows in together))
+            for rows in together:
+                own = data[rows.start - start : rows.stop - start].clone()  # where its dtype may begin
+                slices = (slice(None), *_slices(rows.item)[1:]) if rows.shape else ()
+                yield rows.item, own.view(rows.dtype).view(rows.shape)[slices]
+
+
+def _header(file: io.RawIOBase) -> tuple[dict[str, Any], int]:
+    """A safetensors file's header, and where its data begins."""
+    start = _LENGTH_BYTES
+    stop = start + int.from_bytes(_range(file, 0, start).numpy().tobytes(), "little")
+    if stop > file.seek(0, os.SEEK_END):
+        raise ValueError("its header is longer than the file")
+    header: dict[str, Any] = json.loads(_range(file, start, stop).numpy().tobytes())
+    return header, stop
+
+
+def _range(file: io.RawIOBase, start: int, stop: int) -> torch.Tensor:
+    """Bytes of a file."""
+    data = torch.empty(stop - start, dtype=torch.uint8)
+    view = data.numpy().data
+    file.seek(start)
+    while view:
+        count = file.readinto(view[:_AT_ONCE_BYTES])
+        if not count:
+            raise ValueError(f"it ends before byte {stop:,}")
+        view = view[count:]
+    return data
+
+
+def _rows(header: Mapping[str, Any], data_start: int, item: ReadItem) -> _Rows:
+    name = item.storage_index.fqn
+    if name not in header:
+        raise ValueError(f"it does not hold {name}")
+    entry = header[name]
+    dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+    start, stop = (data_start + offset for offset in entry["data_offsets"])
+    if stop - start != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} has {stop - start:,} bytes, which do not fit its shape")
+    if not shape:
+        return _Rows(start, stop, item, dtype, ())
+    row_bytes = prod(shape[1:]) * dtype.itemsize
+    start += item.storage_offsets[0] * row_bytes
+    stop = start + item.lengths[0] * row_bytes
+    return _Rows(start, stop, item, dtype, (item.lengths[0], *shape[1:]))
+
+
+def _close_together(wanted: Iterable[_Rows]) -> Iterator[list[_Rows]]:
+    """What one request is to bring, each time; `wanted` in the order of the file."""
+    together: list[_Rows] = []
+    for rows in wanted:
+        far = together and rows.start - together[-1].stop > _SKIPPED_BYTES
+        if far or (together and rows.stop - together[0].start > _AT_ONCE_BYTES):
+            yield together
+            together = []
+        together.append(rows)
+    if together:
+        yield together
+
+
+def damage(folder: Path | str, part: int, parts: int) -> str | None:
     """What is wrong with a checkpoint, in one line, or None. The files are shared out among `parts` callers,
-    of whom this is number `part`."""
+    of whom this is number `part`.
+
+    Raises: StorageError where a store does not answer, which says nothing about the checkpoint.
+    """
+    name = STATE_NAME
     try:
-        files = read_json(folder / STATE_NAME)["files"]
+        files = read_json(join(str(folder), name))["files"]
         for name in sorted(files)[part::parts]:
-            wanted = FileFacts(files[name]["bytes"], files[name]["xxh3"])
-            size = (folder / name).stat().st_size
-            if size != wanted.size_bytes:
-                return f"{name} has {size:,} bytes instead of {wanted.size_bytes:,}"
-            if FileFacts.of(folder / name) != wanted:
+            path, wanted = join(str(folder), name), FileFacts(files[name]["bytes"], files[name]["xxh3"])
+            facts = file_facts(path)
+            if facts is None:
+                return f"{name} is missing"
+            if facts.size_bytes != wanted.size_bytes:
+                return f"{name} has {facts.size_bytes:,} bytes instead of {wanted.size_bytes:,}"
+            if FileFacts.of(_content(path)) != wanted:
                 return f"the content of {name} is not what was written"
+    except StorageError:
+        raise
+    except FileNotFoundError:
+        return f"{name} is missing"
     except KeyError:
         return f"{STATE_NAME} lists no files"
     except (OSError, ValueError) as error:
