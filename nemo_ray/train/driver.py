@@ -1,4 +1,5 @@
-"""Who a driver is, told so that another process, perhaps on another machine, can see whether it is alive."""
+"""Who a driver is, told so that another process, perhaps on another machine, can see whether it is alive; and
+what is said where two of them meet."""
 
 import os
 import secrets
@@ -6,6 +7,8 @@ import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from nemo_ray.errors import ConfigError, NemoRayError
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,28 @@ def process_lives(driver: Driver) -> bool | None:
         return None
     state, start = process
     return state not in (b"Z", b"X") and start == driver.process_start
+
+
+def refusal(folder: str, holder: Driver) -> ConfigError:
+    """What a driver is told that comes while another one works."""
+    return ConfigError(
+        f"output_dir: another driver is at work in {folder}: {holder}; wait for its end, stop it, or name "
+        "another output_dir"
+    )
+
+
+def require(folder: str, name: str, holder: Driver | None, driver: Driver) -> None:
+    """Raises NemoRayError where the file `name`, which names `holder`, is not `driver`'s any longer."""
+    if holder is None:
+        raise NemoRayError(
+            f"output_dir: {folder.rstrip('/')}/{name} is gone: another driver took the run over and has "
+            "ended, or somebody removed the file; this run ends and changes nothing more"
+        )
+    if holder != driver:
+        raise NemoRayError(
+            f"output_dir: {folder} was taken over by another driver ({holder}), to which this one gave no "
+            "sign of life; this run ends and changes nothing more"
+        )
 
 
 def _pid_space() -> str:

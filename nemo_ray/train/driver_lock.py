@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from nemo_ray.errors import ConfigError, NemoRayError
+from nemo_ray.errors import ConfigError
 from nemo_ray.storage import publish_bytes
-from nemo_ray.train.driver import UNREADABLE, Driver, process_lives, this_driver
+from nemo_ray.train.driver import UNREADABLE, Driver, process_lives, refusal, require, this_driver
 
 FILE_NAME = ".driver.json"
 BEAT_S = 3.0
@@ -70,7 +70,7 @@ class DriverLock:
 
     def check(self) -> None:
         """Raises NemoRayError where the folder is ours no longer: we were taken for dead. Or OSError."""
-        _require(self.path, self.me)
+        require(str(self.folder), FILE_NAME, _read(self.path), self.me)
 
     def release(self) -> None:
         """Give up what is ours, and a folder that `claim` made and nobody used."""
@@ -101,10 +101,7 @@ class DriverLock:
                 return
             elif self._lives(path, holder):
                 if _read(path) == holder:
-                    raise ConfigError(
-                        f"output_dir: another driver is at work in {self.folder}: {holder}; wait for its "
-                        "end, stop it, or name another output_dir"
-                    )
+                    raise refusal(str(self.folder), holder)
             else:
                 turn = path.with_name(f".driver-{holder.token}.json")
                 self._take(turn)
@@ -167,26 +164,12 @@ def only_while_held(folder: Path, driver: Driver) -> Iterator[None]:
                 if _read(path) != driver:
                     os._exit(1)
 
-    _require(path, driver)
+    require(str(folder), FILE_NAME, _read(path), driver)
     threading.Thread(target=watch, name="driver-lock", daemon=True).start()
     try:
         yield
     finally:
         left.set()
-
-
-def _require(path: Path, driver: Driver) -> None:
-    holder = _read(path)
-    if holder is None:
-        raise NemoRayError(
-            f"output_dir: {path} is gone: another driver took the run over and has ended, or somebody "
-            "removed the file; this run ends and changes nothing more"
-        )
-    if holder != driver:
-        raise NemoRayError(
-            f"output_dir: {path.parent} was taken over by another driver ({holder}), to which this one gave "
-            "no sign of life; this run ends and changes nothing more"
-        )
 
 
 def _read(path: Path) -> Driver | None:
