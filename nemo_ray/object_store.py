@@ -16,7 +16,16 @@ from typing import TypeVar
 from pyarrow import fs
 
 from nemo_ray.errors import StorageError
-from nemo_ray.urls import ANONYMOUS, VARIABLES, Location, credential_variables, is_url, parse, redact
+from nemo_ray.urls import (
+    ANONYMOUS,
+    VARIABLES,
+    Location,
+    credential_variables,
+    is_url,
+    parse,
+    redact,
+    url_problem,
+)
 
 CLIENT_ATTEMPTS = 3
 """That the S3 client makes of each request by itself."""
@@ -105,8 +114,8 @@ def attempt(url: str, doing: str, work: Callable[[fs.FileSystem, str], T], *, la
 
 
 def expect_answers(path: str) -> None:
-    """Another process of this run has reached the store of `path`, if that is a URL: be patient with it."""
-    if is_url(path):
+    """Another process of this run has reached the store of `path`, if that is in one: be patient with it."""
+    if is_url(path) and url_problem(path) is None:  # hub:// is no store
         location = parse(path)
         _answered.add((location.scheme, location.container))
 

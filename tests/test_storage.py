@@ -421,3 +421,11 @@ def test_paths_stay_paths(tmp_path: Path) -> None:
     assert json.loads(storage.read_bytes(storage.join(folder, "a.json"))) == [1]
     storage.remove(storage.join(folder, "a.json"))
     assert storage.list_names(folder) == set() == storage.list_names(storage.join(folder, "none"))
+
+
+def test_patience_is_for_stores_only() -> None:
+    """The files of the hub's datasets have references that look like URLs."""
+    before = set(object_store._answered)
+    object_store.expect_answers(f"hub://datasets/owner/chats@{'0' * 40}/data/train.parquet")
+    object_store.expect_answers("/data/train.parquet")
+    assert object_store._answered == before
