@@ -14,21 +14,32 @@
     .ray/              Ray Train's own storage;  ranks/: where each rank is;  failures.jsonl: what ended them
     .attempts/         what is not published yet: see attempts.py
 
-Everything lies on one file system that driver and workers share. What the rows mean is the callers' business.
+Everything lies on one file system that driver and workers share, or in an object store: see stored_run.py.
+What the rows mean is the callers' business.
 """
 
+import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from nemo_ray.attempts import Attempt
+from nemo_ray.jsonl import append_row, encode_row, read_rows
 from nemo_ray.storage import publish_bytes, publish_json, read_json, remove_tree
 
 PREPARED_NAME = "prepared"
+STATE_NAME = "state.json"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 class MetricsListener(Protocol):
@@ -68,6 +79,24 @@ class RunDir:
         self._listener: MetricsListener | None = None
         self._metrics: BinaryIO | None = None
 
+    @property
+    def place(self) -> str:
+        """The path or URL that the user knows the run by."""
+        return str(self.path)
+
+    def shown(self, path: Path) -> str:
+        """What the user is told of one of the run's paths."""
+        return str(path)
+
+    def pull(self) -> None:
+        """Before a driver reads the directory: take what is kept elsewhere. Raises OSError."""
+
+    def push(self) -> None:
+        """Before a driver ends: keep elsewhere what belongs there. Raises OSError."""
+
+    def keep(self, path: Path) -> None:
+        """The same for one file that a program without a run has written. Raises OSError."""
+
     # -- who may write ----------------------------------------------------------------------------
 
     def begin_attempt(self) -> Attempt:
@@ -82,7 +111,8 @@ class RunDir:
         assert self.attempt is not None, "begin_attempt comes first"
         return self.attempt
 
-    def _check_attempt(self) -> None:
+    def check_attempt(self) -> None:
+        """Raises SupersededError where a newer start of the run took over from this object's."""
         if self.attempt is not None:
             self.attempt.check()
 
@@ -122,12 +152,11 @@ class RunDir:
         """Names in the folder that no run writes; hidden files and *.log do not count."""
         if not self.path.is_dir():
             return []
+        return sorted(name for name in os.listdir(self.path) if self._is_foreign(name))
+
+    def _is_foreign(self, name: str) -> bool:
         own = {path.name for path in self._owned()} | {PREPARED_NAME, self.data_page.name}
-        return sorted(
-            name
-            for name in os.listdir(self.path)
-            if name not in own and not name.startswith(".") and not name.endswith(".log")
-        )
+        return name not in own and not name.startswith(".") and not name.endswith(".log")
 
     def clear(self, keep: Collection[Path] = ()) -> None:
         """Remove the run, run.json last; leave prepared shards, `keep`, and all that is not the run's."""
@@ -154,7 +183,7 @@ class RunDir:
 
         Raises: SupersededError
         """
-        self._check_attempt()
+        self.check_attempt()
         self.write_run({**self.read_run(), **facts})
 
     def add_notice(self, line: str) -> None:
@@ -174,10 +203,10 @@ class RunDir:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Append one row, flush it, and tell the listener."""
         if self._metrics is not None:
-            self._metrics.write(_line(row))
+            self._metrics.write(encode_row(row))
             self._metrics.flush()
         else:
-            _append_jsonl(self.metrics_file, row)
+            append_row(self.metrics_file, row)
         if self._listener is not None:
             self._listener.log(row)
 
@@ -190,21 +219,25 @@ class RunDir:
         if self._listener is not None:
             self._listener.flush()
 
+    def keeping_tracker_files(self) -> contextlib.AbstractContextManager[None]:
+        """Around the time in which trackers write files into this directory."""
+        return contextlib.nullcontext()
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete rows; a line cut short by a kill is left out."""
-        return _read_jsonl(self.metrics_file)
+        return read_rows(self.metrics_file)
 
     def truncate_metrics(self, step: int) -> None:
         """Keep the rows up to and including `step`: what came after it is trained again.
 
         The file is a new one, which this object appends to from here on. Raises SupersededError.
         """
-        self._check_attempt()
+        self.check_attempt()
         self.close_metrics()
         partial = self._aside(self.metrics_file)
         # Opened before it has its name: by then the name may be that of a newer attempt's file.
         self._metrics = open(partial, "wb")  # noqa: SIM115  it stays open
-        self._metrics.writelines(_line(row) for row in self.read_metrics() if row["step"] <= step)
+        self._metrics.writelines(encode_row(row) for row in self.read_metrics() if row["step"] <= step)
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
         self._publish(partial, self.metrics_file)
@@ -217,12 +250,12 @@ class RunDir:
 
     def append_completion(self, row: Mapping[str, Any]) -> None:
         """Append {"prompt", "completion", "stage", "step"}. Raises SupersededError."""
-        self._check_attempt()
-        _append_jsonl(self.completions_file, row)
+        self.check_attempt()
+        append_row(self.completions_file, row)
 
     def read_completions(self) -> list[dict[str, Any]]:
         """All complete rows of completions.jsonl."""
-        return _read_jsonl(self.completions_file)
+        return read_rows(self.completions_file)
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -237,7 +270,7 @@ class RunDir:
         found = []
         for path in self.checkpoints_dir.iterdir():
             match = _STEP_FOLDER.fullmatch(path.name)
-            if match and (path / "state.json").is_file():
+            if match and (path / STATE_NAME).is_file():
                 found.append(int(match.group(1)))
         return sorted(found)
 
@@ -250,6 +283,56 @@ class RunDir:
         complete = self.complete_checkpoints()
         return complete[-1] if complete else None
 
+    def checkpoint_place(self, step: int) -> str:
+        """The path or URL of the folder that holds a complete checkpoint's tensors."""
+        return str(self.checkpoint_dir(step))
+
+    def checkpoint_aside(self, step: int) -> str:
+        """The path or URL of the folder to which workers write their files of a checkpoint."""
+        return str(self.own_attempt.aside(self.checkpoint_dir(step)))
+
+    @property
+    def checkpoint_token(self) -> str:
+        """What sets this attempt's files apart, where those of others may lie beside them; else ""."""
+        return ""
+
+    def publish_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
+        """Make a checkpoint complete, all of whose files are there. Raises SupersededError."""
+        publish_json(Path(self.checkpoint_aside(step)) / STATE_NAME, dict(state))
+        self.own_attempt.publish(self.checkpoint_dir(step))
+
+    def discard_checkpoint(self, step: int) -> None:
+        """Remove what was written of a checkpoint that will not be published."""
+        shutil.rmtree(self.checkpoint_aside(step), ignore_errors=True)
+
+    def remove_checkpoint(self, step: int) -> None:
+        """Delete a complete checkpoint."""
+        remove_tree(self.checkpoint_dir(step))
+
+    def retire_checkpoint(self, step: int, why: str) -> str:
+        """Take a complete checkpoint's name away, but keep what is there; returns the new name."""
+        folder = self.checkpoint_dir(step)
+        retired = folder.with_name(f"{folder.name}.{why}-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+        folder.rename(retired)
+        return retired.name
+
+    # -- what the run is for ----------------------------------------------------------------------
+
+    def result_aside(self, final: Path) -> Path:
+        """The folder in which adapter_dir or model_dir is made."""
+        return self.own_attempt.aside(final)
+
+    def publish_result(self, final: Path) -> None:
+        """Give it its name, whole. Raises SupersededError."""
+        self.own_attempt.publish(final)
+
+    # -- errors -----------------------------------------------------------------------------------
+
+    def append_error(self, who: str, text: str) -> None:
+        """Append a traceback to error.log; a disk that does not take it hides nothing else."""
+        with contextlib.suppress(OSError), open(self.error_file, "a", encoding="utf-8") as file:
+            file.write(f"--- {who}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n{text.rstrip()}\n\n")
+
     # -- batches that were skipped ----------------------------------------------------------------
 
     def write_nonfinite(self, step: int, rank: int, facts: Mapping[str, Any], keep: int) -> None:
@@ -257,7 +340,7 @@ class RunDir:
 
         Raises: SupersededError
         """
-        self._check_attempt()
+        self.check_attempt()
         publish_json(self.nonfinite_dir / f"step-{step}-rank-{rank}.json", dict(facts))
         own = self.nonfinite_dir.glob(f"step-*-rank-{rank}.json")
         for path in sorted(own, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
@@ -271,11 +354,11 @@ class RunDir:
 
     def append_failure(self, row: Mapping[str, Any]) -> None:
         """Append {"line": what happened, "restart": whether the workers start again}."""
-        _append_jsonl(self.failures_file, row)
+        append_row(self.failures_file, row)
 
     def read_failures(self) -> list[dict[str, Any]]:
         """The failures of workers since the driver began, oldest first."""
-        return _read_jsonl(self.failures_file)
+        return read_rows(self.failures_file)
 
     # -- progress and stop ------------------------------------------------------------------------
 
@@ -284,7 +367,7 @@ class RunDir:
 
         Raises: SupersededError
         """
-        self._check_attempt()
+        self.check_attempt()
         partial = self._aside(self.progress_file)  # rank 0 alone writes it
         partial.write_text(json.dumps(dict(progress)), encoding="utf-8")
         self._publish(partial, self.progress_file)
@@ -330,31 +413,3 @@ def _read_json_or_none(path: Path) -> Any:
         return read_json(path)
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def _append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a kill cut the last row short: it ends here
-                file.write(b"\n")
-        file.write(_line(row))
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(dict(row), ensure_ascii=False).encode() + b"\n"
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_bytes().split(b"\n"):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # cut short by a kill
-            continue
-    return rows

@@ -187,7 +187,7 @@ def list_files(folder: str) -> list[str]:
 def list_names(folder: str) -> set[str]:
     """Names of the files in a folder, not in those below it; none where there is no such folder."""
     if is_url(folder):
-        return {path.rsplit("/", 1)[1] for path in _list(folder, recursive=False)}
+        return {path.rsplit("/", 1)[1] for path in _list(folder)}
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
@@ -195,11 +195,16 @@ def list_names(folder: str) -> set[str]:
         return set()
 
 
-def _list(folder: str, recursive: bool) -> list[str]:
+def list_folders(url: str) -> set[str]:
+    """Names of the folders in a folder of a store; none where there is no such folder. Raises OSError."""
+    return {path.rstrip("/").rsplit("/", 1)[1] for path in _list(url, kind=fs.FileType.Directory)}
+
+
+def _list(folder: str, recursive: bool = False, kind: fs.FileType = fs.FileType.File) -> list[str]:
     def work(system: fs.FileSystem, inner: str) -> list[str]:
         selector = fs.FileSelector(inner.rstrip("/"), allow_not_found=False, recursive=recursive)
         found = system.get_file_info(selector)
-        return [info.path for info in found if info.type == fs.FileType.File]
+        return [info.path for info in found if info.type == kind]
 
     try:
         if not is_url(folder):

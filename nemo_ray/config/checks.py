@@ -209,7 +209,7 @@ def _unsupported(config: Config) -> Iterator[str]:
         if is_url(value):
             instead = "a path that every node sees" + (" or a hub id" if key == "base_model" else "")
             yield f"{key}: {show(redact(value))} {later}, since it is a URL; give {instead}"
-    for key, value in _data_paths(config):
+    for key, value in _places(config):
         problem = url_problem(value) if is_url(value) else None
         if problem is not None:
             yield f"{key}: {show(redact(value))} {problem}"
@@ -223,10 +223,11 @@ def _specs(config: Config) -> Iterator[tuple[str, DatasetSpec]]:
 
 def _paths(config: Config) -> Iterator[tuple[str, str]]:
     yield "base_model", config.base_model
-    yield "output_dir", config.output_dir
+    resumes = config.resume_from_checkpoint
+    own = resumes is not None and resumes.startswith(f"{config.output_dir.rstrip('/')}/checkpoints/")
     optional = {
         "lora_model_dir": config.lora_model_dir if config.adapter else None,
-        "resume_from_checkpoint": config.resume_from_checkpoint,
+        "resume_from_checkpoint": resumes if not own else None,
         "ray.storage_path": config.ray.storage_path,
     }
     for key, value in optional.items():
@@ -234,8 +235,9 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
             yield key, value
 
 
-def _data_paths(config: Config) -> Iterator[tuple[str, str]]:
+def _places(config: Config) -> Iterator[tuple[str, str]]:
     """Those that may be URLs."""
+    yield "output_dir", config.output_dir
     if config.dataset_prepared_path is not None:
         yield "dataset_prepared_path", config.dataset_prepared_path
     for key, spec in _specs(config):
@@ -244,9 +246,9 @@ def _data_paths(config: Config) -> Iterator[tuple[str, str]]:
             yield f"{key}.data_files", file
 
 
-def data_urls(config: Config) -> list[str]:
-    """The URLs from which data is read and where shards are written."""
-    return [value for _, value in _data_paths(config) if is_url(value)]
+def store_urls(config: Config) -> list[str]:
+    """The URLs from which data is read, and to which shards and the run are written."""
+    return [value for _, value in _places(config) if is_url(value)]
 
 
 def path_errors(config: Config) -> list[str]:

@@ -4,7 +4,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -22,8 +21,8 @@ from nemo_ray.data.show import show_probes
 from nemo_ray.data.sources import plan_data
 from nemo_ray.data.statistics import data_statistics, describe
 from nemo_ray.errors import DataError, NemoRayError, tell
-from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import publish_bytes
+from nemo_ray.stored_run import open_run, prepared_place
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +72,7 @@ def prepared_directory(config: Config) -> str:
     """Where the configuration's shards are kept."""
     if config.dataset_prepared_path is not None:
         return config.dataset_prepared_path
-    return str(RunDir(Path(config.output_dir)).prepared_dir)
+    return prepared_place(config.output_dir)
 
 
 def _say(line: str, console: Console) -> None:
@@ -88,9 +87,10 @@ def _prepare(plan: DataPlan, config: Config, console: Console, interrupts: Inter
     elapsed_s = time.monotonic() - started
     for line in describe(data_statistics(plan)):
         _say(line, console)
-    rejected = RunDir(config.output_dir).rejected_file
-    if rejected.exists():
-        _say(f"rejected rows are listed in {rejected}", console)
+    run = open_run(config.output_dir)
+    if run.rejected_file.exists():
+        run.keep(run.rejected_file)
+        _say(f"rejected rows are listed in {run.shown(run.rejected_file)}", console)
     _say(f"shards: {plan.directory}", console)
     if made is None:
         _say(f"all {windows} were prepared already", console)
@@ -102,12 +102,13 @@ def _prepare(plan: DataPlan, config: Config, console: Console, interrupts: Inter
 
 
 def _write_page(plan: DataPlan, config: Config, probes: Sequence[Probe], console: Console) -> None:
-    path = RunDir(config.output_dir).data_page
+    run = open_run(config.output_dir)
+    page = run.shown(run.data_page)
     try:
-        publish_bytes(path, data_page(page_facts(plan, config, probes)).encode())
+        publish_bytes(page, data_page(page_facts(plan, config, probes)).encode())
     except OSError as error:
-        raise DataError(f"output_dir: {path} cannot be written: {error.strerror or error}") from None
-    _say(f"page: {path}", console)
+        raise DataError(f"output_dir: {page} cannot be written: {error.strerror or error}") from None
+    _say(f"page: {page}", console)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from types import FrameType
 from rich.console import Console
 
 from nemo_ray import hub, session, urls
-from nemo_ray.config.checks import data_urls
+from nemo_ray.config.checks import store_urls
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.order import window_order
 from nemo_ray.data.progress import PrepareDisplay
 from nemo_ray.data.review import Prepared, Review, missing_windows, require_writable, survey
-from nemo_ray.run_dir import RunDir
+from nemo_ray.stored_run import open_run
 
 INTERRUPTED = 130
 _REPAINT_S = 0.2
@@ -96,7 +96,7 @@ def prepare_missing(
 
     Raises DataError, ClusterError, or KeyboardInterrupt at a signal, when Ray has ended.
     """
-    listing = RunDir(config.output_dir).rejected_file
+    listing = open_run(config.output_dir).rejected_file
     found = survey(plan)
     if not missing_windows(found):
         review = Review(plan, config.max_rejected_share, listing=listing)
@@ -147,7 +147,7 @@ class _Pipeline:
                 order=window_order(plan, config.seed),
                 stop=self.stop,
                 progress=display.tell,
-                listing=RunDir(config.output_dir).rejected_file,
+                listing=open_run(config.output_dir).rejected_file,
             )
         except BaseException as error:
             self.error = error
@@ -163,7 +163,7 @@ def _ray(config: Config, directory: str, interrupts: Interrupts) -> Iterator[Non
             if address is None:
                 session.start_local(os.cpu_count() or 1, environment)
             else:
-                stores = urls.variables_to_pass_on(data_urls(config), os.environ)
+                stores = urls.variables_to_pass_on(store_urls(config), os.environ)
                 hubs = hub.variables_to_pass_on(config, os.environ)
                 session.connect(address, environment, {**hubs, **stores})
                 from nemo_ray.data.nodes import check_shared  # imports Ray

@@ -5,6 +5,7 @@ of workers. The frozen base is not in it. A folder is complete if and only if it
 name last. What the files are like is checkpoint_files.py's.
 """
 
+import contextlib
 import re
 import shutil
 from collections.abc import Mapping
@@ -19,12 +20,13 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from nemo_ray.errors import CheckpointError
-from nemo_ray.run_dir import RunDir
-from nemo_ray.storage import publish_json, read_json, remove_tree
+from nemo_ray.errors import CheckpointError, NemoRayError
+from nemo_ray.run_dir import STATE_NAME, RunDir
+from nemo_ray.storage import join, read_json
 from nemo_ray.train.best import steps_to_delete
-from nemo_ray.train.checkpoint_files import STATE_NAME, Reader, Writer
+from nemo_ray.train.checkpoint_files import Reader, Writer
 from nemo_ray.train.optim import AdamW, AdamW8bit
+from nemo_ray.urls import is_url
 
 FULL_DISK_BYTES = 16 * 2**20
 Optimizer = AdamW | AdamW8bit
@@ -71,7 +73,7 @@ class Checkpointer:
                 use_non_blocking_copy=on_gpu,
             )
         )
-        self._on_the_way: tuple[Path, Future[Any]] | None = None
+        self._on_the_way: tuple[int, Future[Any]] | None = None
 
     def start(self, state: TrainState, best: int | None = None) -> None:
         """Begin `checkpoints/step-N`. When it has its name, the oldest beyond `keep` are deleted, but never
@@ -80,19 +82,18 @@ class Checkpointer:
         Raises: CheckpointError where the one before failed.
         """
         self.wait()
-        final = self._run.checkpoint_dir(state.step)
+        run, step = self._run, state.step
         if dist.get_rank() == 0:
-            self._run.flush_metrics()  # a run that goes on from here sends no row up to this step again
-        attempt = self._run.own_attempt
+            run.flush_metrics()  # a run that goes on from here sends no row up to this step again
 
         def publish(content: dict[str, Any]) -> None:
-            publish_json(attempt.aside(final) / STATE_NAME, content)
-            attempt.publish(final)
+            run.publish_checkpoint(step, content)
             if self._keep is not None:
-                for step in steps_to_delete(self._run.checkpoint_steps(), self._keep, best):
-                    remove_tree(self._run.checkpoint_dir(step))
+                for old in steps_to_delete(run.checkpoint_steps(), self._keep, best):
+                    run.remove_checkpoint(old)
 
-        writer = Writer(attempt.aside(final), dist.get_rank(), asdict(state), publish)
+        aside, token = run.checkpoint_aside(step), run.checkpoint_token
+        writer = Writer(aside, dist.get_rank(), asdict(state), publish, token)
         future = dcp.async_save(
             {**_tensors(self._parameters, self._optimizer), **_random_states()},
             storage_writer=writer,
@@ -100,7 +101,7 @@ class Checkpointer:
             async_stager=self._stager,
         )
         assert isinstance(future, Future)
-        self._on_the_way = (final, future)
+        self._on_the_way = (step, future)
 
     def check(self) -> None:
         """Raises: CheckpointError where the one on its way failed."""
@@ -114,20 +115,20 @@ class Checkpointer:
         """
         if self._on_the_way is None:
             return
-        final, future = self._on_the_way
+        step, future = self._on_the_way
         self._on_the_way = None
         try:
             future.result()
         except (OSError, dcp.api.CheckpointException) as error:
-            attempt = self._run.own_attempt
-            attempt.check()
-            cause = _cause(error)
-            free_bytes = shutil.disk_usage(final.parent).free
-            if free_bytes < FULL_DISK_BYTES:
+            self._run.check_attempt()
+            place, cause = self._run.checkpoint_place(step), _cause(error)
+            free_bytes = None if is_url(place) else shutil.disk_usage(Path(place).parent).free
+            if free_bytes is not None and free_bytes < FULL_DISK_BYTES:
                 cause = f"the disk is full ({free_bytes / 2**20:.1f} MiB free)"
             if dist.get_rank() == 0:
-                shutil.rmtree(attempt.aside(final), ignore_errors=True)
-            raise CheckpointError(f"{final} could not be written: {cause}") from None
+                with contextlib.suppress(OSError, NemoRayError):  # the first error is the one to tell
+                    self._run.discard_checkpoint(step)
+            raise CheckpointError(f"{place} could not be written: {cause}") from None
 
 
 def _random_states() -> dict[str, torch.Tensor]:
@@ -139,12 +140,14 @@ def _random_states() -> dict[str, torch.Tensor]:
     return states
 
 
-def load_weights(folder: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+def load_weights(folder: Path | str, parameters: Mapping[str, nn.Parameter]) -> None:
     """Read what trains, without the optimizer, from a checkpoint of this run; every rank calls it."""
     _load({name: parameter.detach() for name, parameter in parameters.items()}, folder)
 
 
-def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> TrainState:
+def load_checkpoint(
+    folder: Path | str, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> TrainState:
     """Read a complete checkpoint into parameters and optimizer, whatever the sharding; every rank calls it.
 
     Raises: CheckpointError where it is not complete, or of another adapter.
@@ -164,10 +167,10 @@ def load_checkpoint(folder: Path, parameters: Mapping[str, nn.Parameter], optimi
     return state
 
 
-def read_state(folder: Path) -> TrainState:
+def read_state(folder: Path | str) -> TrainState:
     """Where the run was at a checkpoint. Raises: CheckpointError where it is not complete."""
     try:
-        facts = read_json(folder / STATE_NAME)
+        facts = read_json(join(str(folder), STATE_NAME))
         return TrainState(**{field.name: facts[field.name] for field in fields(TrainState)})
     except FileNotFoundError:
         raise CheckpointError(
@@ -175,18 +178,18 @@ def read_state(folder: Path) -> TrainState:
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"resume_from_checkpoint: {folder / STATE_NAME} cannot be read: {error!r}"
+            f"resume_from_checkpoint: {join(str(folder), STATE_NAME)} cannot be read: {error!r}"
         ) from None
 
 
-def _load(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _load(tensors: dict[str, torch.Tensor], folder: Path | str) -> None:
     try:
         dcp.load(tensors, storage_reader=Reader(folder))
     except dcp.api.CheckpointException as error:
         raise CheckpointError(_cause(error)) from None
 
 
-def _check_same(folder: Path, wanted: Mapping[str, torch.Tensor], saved: Mapping[str, Any]) -> None:
+def _check_same(folder: Path | str, wanted: Mapping[str, torch.Tensor], saved: Mapping[str, Any]) -> None:
     by_worker = {name: match[1] for name in saved if (match := _BY_WORKER.match(name))}
     for count in by_worker.values():
         if int(count) != dist.get_world_size():

@@ -16,15 +16,19 @@ from typing import Any
 
 from nemo_ray.config.schema import RaySection
 from nemo_ray.errors import ClusterError
-from nemo_ray.failures import is_final, is_lost_worker, one_line, root_cause
+from nemo_ray.failures import first_failure, is_final, is_lost_worker, one_line, root_cause
 from nemo_ray.run_dir import RunDir
+from nemo_ray.stored_run import StoredRunDir
+from nemo_ray.train import run_service
 from nemo_ray.train.driver import Driver
 from nemo_ray.train.driver_lock import only_while_held
 from nemo_ray.train.lost import Failure, find_out
 from nemo_ray.train.processes import Look, look
+from nemo_ray.train.remote_run import connect
 from nemo_ray.train.resources import Demand
 from nemo_ray.train.restarts import Restarts
 from nemo_ray.train.watchdog import RankState, collective_timeout_s
+from nemo_ray.urls import is_url
 
 CONTROLLER_FAILURES = 3
 ELASTIC_CONTROLLER_FAILURES = 100
@@ -49,7 +53,9 @@ def fit(
     from ray.exceptions import RayActorError
     from ray.train import ControllerError
 
-    told = {"worker": worker, "output_dir": str(run.path), "loop_config": dict(loop_config), "driver": driver}
+    told = {"worker": worker, "output_dir": run.place, "loop_config": dict(loop_config), "driver": driver}
+    if isinstance(run, StoredRunDir):
+        told["loop_config"]["service"] = run_service.start(run.url, driver.token)
     for start in range(CONTROLLER_FAILURES + 1):
         try:
             return _trainer(told, run, wanted, section).fit().return_value
@@ -126,8 +132,6 @@ def _judge_failures(run: RunDir, max_failures: int) -> Any:
             self.restarts = Restarts(max_failures)
 
         def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-            from nemo_ray.failures import first_failure, root_cause
-
             # Ray 2.60 waits for workers' farewells before it kills them, and passes this variable to nobody.
             os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
             error = root_cause(first_failure(worker_exceptions))
@@ -143,8 +147,8 @@ def _judge_failures(run: RunDir, max_failures: int) -> Any:
             shutil.rmtree(run.ranks_dir, ignore_errors=True)  # the next workers have nothing to do with it
             line = failure.line
             if failure.stacks:
-                log_traceback(run.error_file, line, failure.stacks)
-                line += f"; its stack is in {run.error_file}"
+                run.append_error(line, failure.stacks)
+                line += f"; its stack is in {run.shown(run.error_file)}"
             newest = run.checkpoint_steps()
             restart = self.restarts.allows(newest[-1] if newest else 0)
             with contextlib.suppress(OSError):
@@ -177,12 +181,14 @@ def _look_at(ranks: list[RankState], silent: bool) -> dict[int, Look]:
 
 
 def _run_worker(told: Mapping[str, Any]) -> Any:
-    """What Ray calls on each worker."""
+    """What Ray calls on each worker. A run in a store is kept by its driver's actor, and ends with that."""
+    if is_url(told["output_dir"]):
+        return _work(told, connect(told["output_dir"], told["loop_config"]["service"]))
     with only_while_held(Path(told["output_dir"]), told["driver"]):
-        return _work(told)
+        return _work(told, RunDir(told["output_dir"]))
 
 
-def _work(told: Mapping[str, Any]) -> Any:
+def _work(told: Mapping[str, Any], run: RunDir) -> Any:
     """Ray cuts long tracebacks: the whole one goes to error.log."""
     try:
         if told["worker"] is not None:
@@ -194,11 +200,5 @@ def _work(told: Mapping[str, Any]) -> Any:
         import ray.train
 
         rank = ray.train.get_context().get_world_rank()
-        log_traceback(RunDir(told["output_dir"]).error_file, f"worker {rank}", traceback.format_exc())
+        run.append_error(f"worker {rank}", traceback.format_exc())
         raise
-
-
-def log_traceback(path: Path, who: str, text: str) -> None:
-    """Append a traceback to the run's error.log; a disk that does not take it hides nothing else."""
-    with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
-        file.write(f"--- {who}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n{text.rstrip()}\n\n")

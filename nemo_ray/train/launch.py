@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nemo_ray import hub, session, urls
-from nemo_ray.config.checks import data_urls
+from nemo_ray.config.checks import store_urls
 from nemo_ray.config.load import LoadedConfig
 from nemo_ray.config.schema import Config, DataSection
 from nemo_ray.data.manifest import DataPlan
@@ -32,6 +32,7 @@ from nemo_ray.failures import one_line, root_cause
 from nemo_ray.peft_config import check_adapter_dir
 from nemo_ray.plan import estimate_memory
 from nemo_ray.run_dir import RunDir
+from nemo_ray.stored_run import StoredRunDir, open_run
 from nemo_ray.targets import expert_paths, find_targets, linear_paths, read_shape
 from nemo_ray.train import cluster, outputs, resources, summary
 from nemo_ray.train.best import check_metric
@@ -39,6 +40,7 @@ from nemo_ray.train.driver_lock import DriverLock
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.progress import ProgressDisplay
+from nemo_ray.train.store_lock import StoreLock
 from nemo_ray.train.trackers.setup import check_trackers, variables_to_pass_on
 
 _POLL_S = 0.2
@@ -59,8 +61,15 @@ def prepare_data(
         num_cpus=resources.DATA_TASK_CPUS,
         stop=stop,
         progress=lambda now: progress(now.windows, now.num_windows),
-        listing=RunDir(config.output_dir).rejected_file,
+        listing=open_run(config.output_dir).rejected_file,
     )
+
+
+def driver_lock(run: RunDir, job_id: str | None, say: Callable[[str], None]) -> DriverLock | StoreLock:
+    """The lock of a run's directory, wherever that is."""
+    if isinstance(run, StoredRunDir):
+        return StoreLock(run.url, job_id, say)
+    return DriverLock(run.path, job_id, say)
 
 
 def check_nodes(config: Config) -> None:
@@ -115,10 +124,10 @@ class Launch:
         self.notices, self.parts = loaded.notices, parts
         self.job_id = outputs.submission_id(os.environ)
         self.config = outputs.resolve_paths(loaded.config, self.job_id is not None, Path.cwd())
-        self.run_dir = RunDir(self.config.output_dir)
+        self.run_dir = open_run(self.config.output_dir)
         self.console = Console(highlight=False)
         self.errors = Console(stderr=True, highlight=False)
-        self.lock = DriverLock(self.run_dir.path, self.job_id, self.say)
+        self.lock = driver_lock(self.run_dir, self.job_id, self.say)
         self.environment = session.Environment()
         self.stop_data = threading.Event()
         self.interrupts = Interrupts(lambda: self._end(INTERRUPTED))
@@ -134,13 +143,17 @@ class Launch:
                 code = self._run()
             except KeyboardInterrupt:
                 code = INTERRUPTED
-                newest = self.run_dir.newest_checkpoint() if self.begun else None
+                newest = self._newest_checkpoint() if self.begun else None
                 self.say(f"stopped; newest checkpoint: {newest or 'none, training had not begun'}")
             except Exception as error:
                 code = self._fail(error)
             finally:
                 self._end(code)
         return code
+
+    def _newest_checkpoint(self) -> str | None:
+        newest = self.run_dir.newest_checkpoint()
+        return self.run_dir.shown(newest) if newest is not None else None
 
     def say(self, text: str) -> None:
         """One line to the user."""
@@ -150,8 +163,9 @@ class Launch:
 
     def _run(self) -> int:
         asked, run = self.config, self.run_dir
-        self.say(f"output: {run.path}")
+        self.say(f"output: {run.place}")
         self.lock.claim()
+        run.pull()
         start = outputs.decide_start(run, asked)
         check_trackers(asked.tracking, os.environ)
         address = session.address_to_join(asked.ray, os.environ)
@@ -182,7 +196,7 @@ class Launch:
         self._train(plan, wanted, beside)
         self.lock.check()
         if self.interrupts.count or self.stopped:
-            newest = run.newest_checkpoint()
+            newest = self._newest_checkpoint()
             self.say(f"stopped; go on with resume_from_checkpoint=auto (newest checkpoint: {newest})")
             return INTERRUPTED
         self.console.print()
@@ -206,7 +220,7 @@ class Launch:
 
     def _variables_to_pass_on(self) -> dict[str, str]:
         """What processes on other nodes need to reach the hub, the object stores and trackers."""
-        stores = urls.variables_to_pass_on(data_urls(self.config), os.environ)
+        stores = urls.variables_to_pass_on(store_urls(self.config), os.environ)
         trackers = variables_to_pass_on(self.config.tracking, os.environ)
         return {**hub.variables_to_pass_on(self.config, os.environ), **stores, **trackers}
 
@@ -230,7 +244,7 @@ class Launch:
             ("memory", summary.describe_memory(memory)),
         ]
         if start.checkpoint is not None:
-            rows.append(("resumes", str(start.checkpoint)))
+            rows.append(("resumes", self.run_dir.shown(start.checkpoint)))
         summary.print_rows(self.console, rows)
         for notice in (*self.notices, *plan.notices):
             self.say(f"note: {notice}")
@@ -248,7 +262,7 @@ class Launch:
                     raise data.error
             display.stage(f"starting {wanted.num_workers} worker{'s' if wanted.num_workers > 1 else ''}")
             self.environment.add(cluster.environment(wanted))
-            loop_config = {"config": config, "plan": plan, "output_dir": str(run.path)}
+            loop_config = {"config": config, "plan": plan, "output_dir": run.place}
             fit = Background(
                 "fit",
                 lambda: cluster.fit(self.parts.worker, loop_config, run, wanted, config.ray, self.lock.me),
@@ -302,9 +316,9 @@ class Launch:
         if self.begun and self.lock.holds():
             who = "driver" if cause is error else "driver, about a worker"
             text = "".join(traceback.format_exception(error))
-            cluster.log_traceback(self.run_dir.error_file, who, text)
+            self.run_dir.append_error(who, text)
             if not isinstance(cause, NemoRayError) or isinstance(cause, ClusterError):
-                line += f" (full traceback: {self.run_dir.error_file})"
+                line += f" (full traceback: {self.run_dir.shown(self.run_dir.error_file)})"
         elif not isinstance(cause, NemoRayError):
             self.errors.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
         for part in line.splitlines():
@@ -331,8 +345,11 @@ class Launch:
         run.stop_file.unlink(missing_ok=True)
         if code != 0 and not run.has_trained():
             run.clear(keep=(run.error_file, run.rejected_file))
+            with contextlib.suppress(OSError):
+                run.push()
             return
         outcome = {0: "finished", INTERRUPTED: "stopped"}.get(code, "failed")
         facts = {"outcome": outcome, "ended_at": datetime.now(UTC).isoformat(timespec="seconds")}
         with contextlib.suppress(OSError):  # a full disk has been told of already
             run.update_run(facts)
+            run.push()

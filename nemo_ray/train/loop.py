@@ -262,7 +262,7 @@ class Trainer:
             self._log(row | {"loss": or_none(loss), "grad_norm": or_none(norm), "step_s": step_s})
         if self.nonfinite.too_many:
             self._save_and_wait()  # of the weights before these steps, for none came between
-            raise self.nonfinite.error(self.run_dir.checkpoint_dir(self.state.step))
+            raise self.nonfinite.error(self.run_dir.checkpoint_place(self.state.step))
 
     def _log(self, row: dict[str, Any]) -> None:
         row["tokens_per_s"] = row["tokens"] / row["step_s"]

@@ -60,11 +60,11 @@ class NonFiniteSteps:
                 self._tell()
         return True
 
-    def error(self, checkpoint: Path) -> NonFiniteError:
+    def error(self, checkpoint: str) -> NonFiniteError:
         """What ends the run; the weights before the first of these steps are in `checkpoint`."""
         return NonFiniteError(
             f"max_nonfinite_steps: {self.limit}: {self._what}, the last of so many in a row; their batches "
-            f"are in {self.run_dir.nonfinite_dir}, the weights that met them in {checkpoint}; look at the "
+            f"are in {self.run_dir.shown(self.run_dir.nonfinite_dir)}, the weights that met them in {checkpoint}; look at the "
             "rows that the batches name, or lower learning_rate and go on from an earlier checkpoint"
         )
 

@@ -15,9 +15,10 @@ from nemo_ray.config.schema import Config, DatasetSpec, TrainSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
 from nemo_ray.hub_datasets import commit_of
-from nemo_ray.run_dir import RunDir
+from nemo_ray.run_dir import STATE_NAME, RunDir, step_of
 from nemo_ray.session import JOB_CONFIG_VARIABLE
 from nemo_ray.storage import publish_bytes, read_json
+from nemo_ray.stored_run import prepared_place
 from nemo_ray.train.best import best_of
 from nemo_ray.urls import is_url
 
@@ -43,18 +44,18 @@ def resolve_paths(config: Config, job: bool, cwd: Path) -> Config:
     """
     storage = Path(config.ray.storage_path or DEFAULT_STORAGE_PATH).expanduser()
     base = (cwd / storage) if job else cwd
-    output_dir = os.path.normpath(base / config.output_dir)
+    output_dir = _absolute_output(config.output_dir, base)
     prepared = config.dataset_prepared_path
     update: dict[str, Any] = {
         "output_dir": output_dir,
         "dataset_prepared_path": _absolute_output(prepared, base)
         if prepared is not None
-        else str(RunDir(output_dir).prepared_dir),
+        else prepared_place(output_dir),
     }
     # What earlier runs wrote is looked for where this one would write it.
     for name in ("lora_model_dir", "resume_from_checkpoint"):
         value = getattr(config, name)
-        if value is not None and value != "auto":
+        if value is not None and value != "auto" and not is_url(value):
             update[name] = str(base / value if not (cwd / value).exists() else cwd / value)
     uri = config.mlflow_tracking_uri
     if uri is not None and ":" not in uri and uri != "databricks":  # a folder
@@ -68,7 +69,7 @@ def resolve_paths(config: Config, job: bool, cwd: Path) -> Config:
 
 
 def _absolute_output(path: str, base: Path) -> str:
-    return path if is_url(path) else os.path.normpath(base / path)
+    return path.rstrip("/") if is_url(path) else os.path.normpath(base / path)
 
 
 def _absolute(path: str, cwd: Path) -> str:
@@ -105,9 +106,9 @@ def decide_start(run: RunDir, config: Config) -> Start:
         if run.holds_run() and not finished:
             return Start(None, replace=True)  # broken off before its first checkpoint
     elif resume is not None:
-        checkpoint = Path(resume)
-        if not (checkpoint / "state.json").is_file():
-            raise ConfigError(f"resume_from_checkpoint: {resume} is no complete checkpoint (no state.json)")
+        checkpoint = run.path / resume[len(run.place) + 1 :] if is_url(resume) else Path(resume)
+        if not (checkpoint / STATE_NAME).is_file():
+            raise ConfigError(f"resume_from_checkpoint: {resume} is no complete checkpoint (no {STATE_NAME})")
         if checkpoint.resolve().parent == run.checkpoints_dir.resolve():
             return Start(checkpoint, replace=False)
         _refuse_a_run(run)
@@ -153,12 +154,12 @@ def keep_dataset_commits(config: Config, start: Start) -> Config:
 def _refuse_a_run(run: RunDir) -> None:
     if run.holds_run():
         raise ConfigError(
-            f"output_dir: {run.path} already holds a run; continue it with resume_from_checkpoint=auto, "
+            f"output_dir: {run.place} already holds a run; continue it with resume_from_checkpoint=auto, "
             "replace it with overwrite=true, or name another output_dir"
         )
     if run.has_results():
         raise ConfigError(
-            f"output_dir: {run.path} holds results that would be overwritten, but no run.json; "
+            f"output_dir: {run.place} holds results that would be overwritten, but no run.json; "
             "name another output_dir"
         )
 
@@ -171,7 +172,7 @@ def _may_replace(run: RunDir) -> bool:
     if foreign or run.has_results():
         shown = ", ".join(foreign[:3]) or "results without a run.json"
         raise ConfigError(
-            f"output_dir: {run.path} is not the folder of a run (it holds {shown}), so overwrite=true "
+            f"output_dir: {run.place} is not the folder of a run (it holds {shown}), so overwrite=true "
             "leaves it alone; name another output_dir"
         )
     return False
@@ -180,7 +181,7 @@ def _may_replace(run: RunDir) -> bool:
 def begin(run: RunDir, start: Start, plan: DataPlan) -> None:
     """Make the directory ready as `decide_start` said, and pin the data plan of a run that begins anew."""
     run.path.mkdir(parents=True, exist_ok=True)
-    RunDir(run.path).begin_attempt()  # workers of an earlier driver may be alive: they write no more
+    type(run)(run.place).begin_attempt()  # workers of an earlier driver may be alive: they write no more
     if start.replace:
         run.clear()
     run.clear_stop()
@@ -190,7 +191,7 @@ def begin(run: RunDir, start: Start, plan: DataPlan) -> None:
         complete = run.complete_checkpoints()
         names = [path.name for path in complete]
         for later in complete[names.index(start.checkpoint.name) + 1 :]:
-            later.rename(later.with_name(f"{later.name}.superseded-{datetime.now(UTC):%Y%m%d-%H%M%S}"))
+            run.retire_checkpoint(step_of(later), "superseded")
     if start.checkpoint is None or not run.data_plan_file.exists():
         publish_bytes(run.data_plan_file, json.dumps(plan.to_json()).encode())
 
@@ -205,7 +206,7 @@ def check_plan(run: RunDir, plan: DataPlan) -> None:
     began = DataPlan.from_json(read_json(run.data_plan_file))
     if _identity(began) != _identity(plan):
         raise ConfigError(
-            f"resume_from_checkpoint: the data of {run.path} changed since the run began (fingerprint "
+            f"resume_from_checkpoint: the data of {run.place} changed since the run began (fingerprint "
             f"{began.fingerprint}, now {plan.fingerprint}); restore its files and data keys, "
             "or start anew in another output_dir"
         )
@@ -215,11 +216,11 @@ def check_best(run: RunDir, train: TrainSection, checkpoint: Path) -> None:
     """Raises ConfigError where the run cannot end with its best weights, since they were not kept."""
     if not train.load_best_model_at_end or checkpoint.resolve().parent != run.checkpoints_dir.resolve():
         return
-    best = best_of(run.read_metrics(), train, int(checkpoint.name.removeprefix("step-")))
+    best = best_of(run.read_metrics(), train, step_of(checkpoint))
     if best.step is not None and best.step not in run.checkpoint_steps():
         raise ConfigError(
             f"load_best_model_at_end: true, but the best evaluation up to {checkpoint.name}, at step "
-            f"{best.step}, has no checkpoint in {run.path}; remove the key to go on without it"
+            f"{best.step}, has no checkpoint in {run.place}; remove the key to go on without it"
         )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from nemo_ray.run_dir import RunDir
+from nemo_ray.run_dir import RunDir, step_of
 
 PLAIN_INTERVAL_S = 10.0
 _SLOW_POLL_S = 1.0
@@ -112,7 +112,7 @@ class MetricsTail:
 
 def _step_of_newest_checkpoint(run: RunDir) -> int:
     newest = run.newest_checkpoint()
-    return int(newest.name.removeprefix("step-")) if newest is not None else -1
+    return step_of(newest) if newest is not None else -1
 
 
 class ProgressDisplay:

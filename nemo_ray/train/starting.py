@@ -1,6 +1,5 @@
 """How the workers of a start begin: they take over from earlier ones, and choose where to go on from."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from nemo_ray.errors import CheckpointError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.checkpoint_files import damage
+from nemo_ray.urls import is_url
 
 T = TypeVar("T")
 
@@ -19,38 +19,45 @@ def take_over(run: RunDir) -> None:
     run.attempt = _from_rank_0(run.begin_attempt() if dist.get_rank() == 0 else None)
 
 
-def choose_checkpoint(wanted: str | None, run: RunDir) -> Path | None:
-    """The newest intact checkpoint of this run, else the one asked for; every rank calls it, and all get one.
+def choose_checkpoint(wanted: str | None, run: RunDir) -> str | None:
+    """The path or URL of the newest intact checkpoint of this run, else of the one asked for.
 
-    A damaged one is set aside, and the user is told. `wanted`: a path, "auto" or None.
+    Every rank calls it, and all get the same. A damaged one is set aside, and the user is told.
+
+    Args:
+        wanted: a path, a URL, "auto" or None.
+
     Raises: CheckpointError where the one that `wanted` names is damaged.
     """
-    named = Path(wanted) if wanted is not None and wanted != "auto" else None
+    named = wanted if wanted != "auto" else None
     while True:
-        folder = _from_rank_0(run.newest_checkpoint() if dist.get_rank() == 0 else None)
-        if folder is None:
-            folder = named
+        step = _from_rank_0(max(run.checkpoint_steps(), default=None) if dist.get_rank() == 0 else None)
+        folder = run.checkpoint_place(step) if step is not None else named
         if folder is None:
             return None
         problem = _damage(folder)
         if problem is None:
             return folder
-        if named is not None and folder.resolve() == named.resolve():
+        if step is None or (named is not None and _same(folder, named)):
             raise CheckpointError(
                 f"resume_from_checkpoint: {folder} is damaged: {problem}; name an earlier one, or auto"
             )
         if dist.get_rank() == 0:
-            aside = f"{folder.name}.damaged-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-            folder.rename(folder.with_name(aside))
-            newest = run.newest_checkpoint() or named
-            on = f"going on from {newest.name}" if newest is not None else "starting at the beginning"
+            aside = run.retire_checkpoint(step, "damaged")
+            left = max(run.checkpoint_steps(), default=None)
+            newest = f"step-{left}" if left is not None else named
+            on = f"going on from {newest}" if newest is not None else "starting at the beginning"
             notices = run.read_run().get("notices", [])
-            notice = f"checkpoint {folder.name} is damaged: {problem}; {on} ({aside} is kept)"
+            notice = f"checkpoint step-{step} is damaged: {problem}; {on} ({aside} is kept)"
             run.update_run({"notices": [*notices, notice]})
         dist.barrier()
 
 
-def _damage(folder: Path) -> str | None:
+def _same(folder: str, other: str) -> bool:
+    return folder == other or (not is_url(folder) and Path(folder).resolve() == Path(other).resolve())
+
+
+def _damage(folder: str) -> str | None:
     """What any of the workers found in its share of the files."""
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, damage(folder, dist.get_rank(), dist.get_world_size()))

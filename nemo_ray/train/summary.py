@@ -85,7 +85,7 @@ def data_lines(plan: DataPlan, run: RunDir) -> list[str]:
     statistics = data_statistics(plan)
     lines = [f"data: {line}" for line in describe(statistics)[len(plan.sources) :]]
     if run.rejected_file.exists():
-        lines.append(f"data: rejected rows are listed in {run.rejected_file}")
+        lines.append(f"data: rejected rows are listed in {run.shown(run.rejected_file)}")
     return lines
 
 
@@ -139,7 +139,7 @@ def result_rows(run: RunDir, elapsed_s: float) -> list[Row]:
         rows.append(("steps", f"{steps[-1]['step']}, {last}"))
         if skipped:
             what = f"{plural(skipped, 'step')} without a finite loss or gradient"
-            rows.append(("skipped", f"{what}; batches in {run.nonfinite_dir}"))
+            rows.append(("skipped", f"{what}; batches in {run.shown(run.nonfinite_dir)}"))
     rows += _chosen(run.read_run(), losses[-1]["step"] if losses else 0)
     newest = run.newest_checkpoint()
     places: list[tuple[str, Path | None]] = [
@@ -150,7 +150,7 @@ def result_rows(run: RunDir, elapsed_s: float) -> list[Row]:
         ("completions", run.completions_file),
         ("run", run.run_json),
     ]
-    rows += [(name, str(path)) for name, path in places if path is not None and path.exists()]
+    rows += [(name, run.shown(path)) for name, path in places if path is not None and path.exists()]
     return [*rows, ("time", duration(elapsed_s))]
 
 

@@ -34,10 +34,12 @@ from nemo_ray.train.loop import Trainer
 from nemo_ray.train.loss import bind_loss
 from nemo_ray.train.optim import make_optimizer
 from nemo_ray.train.parallelize import Layout, parallelize
+from nemo_ray.train.remote_run import connect
 from nemo_ray.train.starting import choose_checkpoint, take_over
 from nemo_ray.train.trackers import open_trackers
 from nemo_ray.train.update import Trainee
 from nemo_ray.train.watchdog import Watchdog
+from nemo_ray.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class WorkerSpec:
     config: Config
     plan: DataPlan
     output_dir: str
+    service: Any = None
+    """The actor that keeps the run's directory, where `output_dir` is a URL."""
+
+    def run_dir(self) -> RunDir:
+        """The run's directory as a worker has it."""
+        return connect(self.output_dir, self.service) if is_url(self.output_dir) else RunDir(self.output_dir)
 
 
 def train_worker(train_loop_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,21 +82,21 @@ def run_worker(
     spec: WorkerSpec, device: torch.device, report: Any, reclaimed: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
     """The same without Ray: a process group must exist."""
-    rank, run = dist.get_rank(), RunDir(spec.output_dir)
+    rank, run = dist.get_rank(), spec.run_dir()
     with Watchdog(run.rank_file(rank), rank, spec.config.ray.hang_timeout_s) as watchdog:
-        return watched(spec, device, report, watchdog, reclaimed)
+        return watched(spec, run, device, report, watchdog, reclaimed)
 
 
 def watched(
     spec: WorkerSpec,
+    run: RunDir,
     device: torch.device,
     report: Any,
     watchdog: Watchdog,
     reclaimed: Callable[[], bool],
 ) -> dict[str, Any]:
     """The same under a watchdog that is told of each phase."""
-    config, run = spec.config, RunDir(spec.output_dir)
-    rank = dist.get_rank()
+    config, rank = spec.config, dist.get_rank()
     torch.manual_seed(config.seed + rank)
     take_over(run)
     watchdog.enter("fetching the base model")
@@ -166,12 +174,13 @@ def tracked(config: Config, plan: DataPlan, run: RunDir, step: int, rank: int) -
         yield ending
         return
     run.truncate_metrics(step)
-    trackers = open_trackers(config, plan, run, step)
-    run.listen(trackers)
-    try:
-        yield ending
-    finally:
-        trackers.close(ending.outcome)
+    with run.keeping_tracker_files():
+        trackers = open_trackers(config, plan, run, step)
+        run.listen(trackers)
+        try:
+            yield ending
+        finally:
+            trackers.close(ending.outcome)
 
 
 def finish(trainer: Trainer, config: Config, base: str, targets: LoraTargets | None) -> None:
@@ -180,7 +189,7 @@ def finish(trainer: Trainer, config: Config, base: str, targets: LoraTargets | N
     if config.load_best_model_at_end and best.step not in (None, step):
         step = best.step
         trainer.watchdog.enter("loading", step)
-        load_weights(trainer.run_dir.checkpoint_dir(step), trainer.trainee.parameters)
+        load_weights(trainer.run_dir.checkpoint_place(step), trainer.trainee.parameters)
     complete_prompts(trainer, config, base, "after", step)
     trainer.write_progress("exporting", now=True)
     first = trainer.rank == 0
@@ -286,7 +295,7 @@ def export(
 ) -> None:
     """Write adapter/ or model/, whole or not at all."""
     final = run.model_dir if targets is None else run.adapter_dir
-    partial = run.own_attempt.aside(final)
+    partial = run.result_aside(final)
     template = config.chat_template
     saved = SavedBase(
         folder=base,
@@ -300,4 +309,4 @@ def export(
     else:
         save_adapter(trainee.model, config.adapter_config, targets, saved, partial, write)
     if write:
-        run.own_attempt.publish(final)
+        run.publish_result(final)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nemo_ray.config.checks import data_urls
+from nemo_ray.config.checks import store_urls
 from nemo_ray.config.kinds import kinds_of
 from nemo_ray.config.schema import Config, DatasetSpec, RaySection, Section
 from tests.config.helpers import Keys, errors_of, load, lora
@@ -243,7 +243,7 @@ def test_data_may_lie_in_object_stores(world: Keys) -> None:
         "dataset_prepared_path": "abfs://c@account.dfs.core.windows.net/prepared",
     }
     config = load(world | keys).config
-    assert data_urls(config) == [keys["dataset_prepared_path"], "s3://b/rows-*.jsonl", "gs://anonymous@b"]
+    assert store_urls(config) == [keys["dataset_prepared_path"], "s3://b/rows-*.jsonl", "gs://anonymous@b"]
 
 
 def test_paths(world: Keys) -> None:

@@ -69,7 +69,7 @@ def open_trackers(config: Config, plan: DataPlan, run: RunDir, step: int) -> Tra
         def keep_id(run_id: str) -> None:
             run.write_trackers({**ids, "mlflow_run_id": run_id})
 
-        name = tracking.mlflow_run_name or run.path.name
+        name = tracking.mlflow_run_name or run.place.rsplit("/", 1)[-1]
         found.append(MLflow(tracking, name, ids.get("mlflow_run_id"), keep_id, history, told))
 
     return Trackers(found, run.add_notice)
