@@ -193,12 +193,14 @@ def test_a_holder_that_could_not_beat_while_the_store_was_away_lives(
     elsewhere = replace(this_driver(None), **ELSEWHERE)
     write(store, url, elsewhere)
 
+    before = len(store.requests)
+
     def away_and_back() -> None:
-        time.sleep(WATCH_S / 2)
+        wait_until(lambda: sum(request.method == "GET" for request in store.requests[before:]) > 17)
         store.fail_always("503")
         time.sleep(1.5 * WATCH_S)
         store.fail_always(None)
-        time.sleep(0.7 * WATCH_S)
+        time.sleep(0.85 * WATCH_S)
         write(store, url, elsewhere, beats=2)
 
     thread = background(away_and_back)
@@ -522,9 +524,11 @@ def test_release_leaves_no_beat_behind(
     assert done.wait(LIMIT_S) and read(store, url) is None
 
 
-def test_release_does_not_wait_for_a_store_that_is_away(store: ObjectStore, locks: Locks) -> None:
-    lock = locks()
+def test_release_does_not_wait_for_a_store_that_is_away(store: ObjectStore, url: str, locks: Locks) -> None:
+    lock = locks(beat_s=LIMIT_S)
     lock.claim()
+    wait_until(lambda: read(store, url)["beats"] == 2)  # type: ignore[index]
+    store.settle()
     store.fail_always("reset")
     began_s = time.monotonic()
     lock.release()
