@@ -298,7 +298,15 @@ class RunDir:
 
     def publish_checkpoint(self, step: int, state: Mapping[str, Any]) -> None:
         """Make a checkpoint complete, all of whose files are there. Raises SupersededError."""
-        publish_json(Path(self.checkpoint_aside(step)) / STATE_NAME, dict(state))
+        try:
+            # No folder is made for it: it is gone where a newer start took over.
+            with open(Path(self.checkpoint_aside(step)) / STATE_NAME, "wb") as file:
+                file.write(json.dumps(dict(state), indent=2).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except FileNotFoundError:
+            self.check_attempt()
+            raise
         self.own_attempt.publish(self.checkpoint_dir(step))
 
     def discard_checkpoint(self, step: int) -> None:

@@ -10,7 +10,6 @@ The store is the truth: a driver that starts makes its folder anew from it. Work
 train/remote_run.py only.
 """
 
-import json
 import os
 import shutil
 import threading
@@ -22,7 +21,6 @@ import xxhash
 
 from nemo_ray.run_dir import PREPARED_NAME, STATE_NAME, RunDir
 from nemo_ray.storage import (
-    exists,
     join,
     list_folders,
     list_names,
@@ -35,7 +33,6 @@ from nemo_ray.storage import (
 from nemo_ray.urls import is_url
 
 PUSH_EVERY_S = 30.0
-DRIVER_NAME = ".driver.json"
 RESULT_CONFIGS = {"adapter": "adapter_config.json", "model": "config.json"}
 """By folder, the file that is written last: with it the result is whole."""
 _ONLY_THERE = (PREPARED_NAME, "tensorboard", "wandb")
@@ -200,9 +197,3 @@ class StoredRunDir(RunDir):
         """Note what rank 0 has written to the store. Raises SupersededError."""
         self.check_attempt()
         self._pull_file(Path(final.name) / RESULT_CONFIGS[final.name])
-
-
-def holder_token(url: str) -> str | None:
-    """Of the driver that holds a run in a store; None where none does. Raises OSError."""
-    place = join(url, DRIVER_NAME)
-    return str(json.loads(read_bytes(place))["token"]) if exists(place) else None

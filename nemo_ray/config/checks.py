@@ -18,7 +18,7 @@ from nemo_ray.config.evaluation_checks import (
 )
 from nemo_ray.config.schema import AdapterSection, Config, DatasetSpec
 from nemo_ray.config.translate import show
-from nemo_ray.urls import is_url, redact, url_problem
+from nemo_ray.urls import is_url, parse, redact, url_problem
 
 _SPLIT = re.compile(r"[A-Za-z_][\w.-]*(\[(-?\d+%?)?:(-?\d+%?)?\])?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -211,6 +211,8 @@ def _unsupported(config: Config) -> Iterator[str]:
             yield f"{key}: {show(redact(value))} {later}, since it is a URL; give {instead}"
     for key, value in _places(config):
         problem = url_problem(value) if is_url(value) else None
+        if problem is None and key == "output_dir" and is_url(value) and not parse(value).key.strip("/"):
+            problem = "is a whole bucket; name a folder in it"
         if problem is not None:
             yield f"{key}: {show(redact(value))} {problem}"
 

@@ -55,7 +55,7 @@ def fit(
 
     told = {"worker": worker, "output_dir": run.place, "loop_config": dict(loop_config), "driver": driver}
     if isinstance(run, StoredRunDir):
-        told["loop_config"]["service"] = run_service.start(run.url, driver.token)
+        told["loop_config"]["service"] = run_service.start(run.url, driver)
     for start in range(CONTROLLER_FAILURES + 1):
         try:
             return _trainer(told, run, wanted, section).fit().return_value

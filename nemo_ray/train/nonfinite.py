@@ -5,7 +5,6 @@ while the next step runs.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 from nemo_ray.config.schema import TrainSection
@@ -64,8 +63,9 @@ class NonFiniteSteps:
         """What ends the run; the weights before the first of these steps are in `checkpoint`."""
         return NonFiniteError(
             f"max_nonfinite_steps: {self.limit}: {self._what}, the last of so many in a row; their batches "
-            f"are in {self.run_dir.shown(self.run_dir.nonfinite_dir)}, the weights that met them in {checkpoint}; look at the "
-            "rows that the batches name, or lower learning_rate and go on from an earlier checkpoint"
+            f"are in {self.run_dir.shown(self.run_dir.nonfinite_dir)}, the weights that met them in "
+            f"{checkpoint}; look at the rows that the batches name, or lower learning_rate and go on from an "
+            "earlier checkpoint"
         )
 
     def _tell(self) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 from nemo_ray.attempts import Attempt
 from nemo_ray.errors import SupersededError
-from nemo_ray.stored_run import PUSH_EVERY_S, StoredRunDir, holder_token
+from nemo_ray.stored_run import PUSH_EVERY_S, StoredRunDir
+from nemo_ray.train.driver import Driver
+from nemo_ray.train.store_lock import read_holder
 
 OPEN_METHODS = frozenset(
     ("append_error", "checkpoint_steps", "read_completions", "read_metrics", "read_run", "read_trackers")
@@ -36,10 +38,10 @@ _THREADS = 8
 
 
 class RunService:
-    """Serves one run for as long as its driver lives. `token` names that driver."""
+    """Serves one run for as long as its driver lives."""
 
-    def __init__(self, url: str, token: str) -> None:
-        self._run, self._token = StoredRunDir(url), token
+    def __init__(self, url: str, driver: Driver) -> None:
+        self._run, self._driver = StoredRunDir(url), driver
         self._lock, self._slow_lock = threading.Lock(), threading.Lock()
         threading.Thread(target=self._push_often, name="push", daemon=True).start()
 
@@ -68,7 +70,7 @@ class RunService:
 
     def _require_driver(self) -> None:
         """A driver that was frozen may have been taken for dead by another one, on another cluster."""
-        if holder_token(self._run.url) != self._token:
+        if read_holder(self._run.url) != self._driver:
             raise SupersededError(f"{self._run.url}: another driver took the run over")
 
     def _push_often(self) -> None:
@@ -79,11 +81,11 @@ class RunService:
                 self._run.push()
 
 
-def start(url: str, token: str) -> Any:
+def start(url: str, driver: Driver) -> Any:
     """The actor's handle. It ends with this process, its driver."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, max_restarts=3, max_concurrency=_THREADS)(RunService)
-    return actor.options(scheduling_strategy=here).remote(url, token)
+    return actor.options(scheduling_strategy=here).remote(url, driver)

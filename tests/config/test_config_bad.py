@@ -207,7 +207,10 @@ UNSUPPORTED: list[tuple[Keys, str]] = [
         {"adapter": "lora", "lora_target_linear": True, "lora_model_dir": "s3://b/p"},
         "lora_model_dir: s3://b/p",
     ),
-    ({"output_dir": "s3://bucket/run"}, "output_dir: s3://bucket/run"),
+    (
+        {"output_dir": "s3://b/run", "resume_from_checkpoint": "s3://b/other/checkpoints/step-4"},
+        "resume_from_checkpoint: s3://b/other/checkpoints/step-4",
+    ),
     ({"ray": {"storage_path": "s3://b/p"}}, "ray.storage_path: s3://b/p"),
 ]
 
@@ -221,7 +224,9 @@ def test_not_supported_yet_is_refused_by_name(world: Keys, keys: Keys, start: st
 
 URLS: list[tuple[Keys, str]] = [
     ({"dataset_prepared_path": "gs://k:hidden@b"}, "dataset_prepared_path: gs://***@b holds credentials"),
-    ({"output_dir": "s3://k:hidden@b/p"}, "output_dir: s3://***@b/p is not supported yet"),
+    ({"output_dir": "s3://k:hidden@b/p"}, "output_dir: s3://***@b/p holds credentials"),
+    ({"output_dir": "s3://bucket/"}, "output_dir: s3://bucket/ is a whole bucket; name a folder in it"),
+    ({"ray": {"storage_path": "s3://k:hidden@b/p"}}, "ray.storage_path: s3://***@b/p is not supported yet"),
     ({"datasets": [{"path": "s3://b/x?secret_key=hidden"}]}, "datasets.0.path: s3://b/x?*** holds options"),
     ({"datasets": [{"path": "hf://datasets/a/b"}]}, "datasets.0.path: hf://datasets/a/b is not an object"),
     ({"datasets": [{"path": "http://b/x.jsonl"}]}, "datasets.0.path: http://b/x.jsonl is not an object"),
@@ -234,16 +239,20 @@ def test_urls_that_cannot_be_used_are_told_without_their_secrets(world: Keys, ke
     assert line.startswith(start) and "hidden" not in line
 
 
-def test_data_may_lie_in_object_stores(world: Keys) -> None:
+def test_data_and_the_run_may_lie_in_object_stores(world: Keys) -> None:
     keys = {
         "datasets": [
             {"path": "s3://b/rows-*.jsonl"},
             {"path": "gs://anonymous@b", "data_files": ["x.jsonl"]},
         ],
         "dataset_prepared_path": "abfs://c@account.dfs.core.windows.net/prepared",
+        "output_dir": "s3://b/runs/1",
+        "resume_from_checkpoint": "s3://b/runs/1/checkpoints/step-4",
     }
     config = load(world | keys).config
-    assert store_urls(config) == [keys["dataset_prepared_path"], "s3://b/rows-*.jsonl", "gs://anonymous@b"]
+    assert store_urls(config) == [
+        *(keys["output_dir"], keys["dataset_prepared_path"], "s3://b/rows-*.jsonl", "gs://anonymous@b")
+    ]
 
 
 def test_paths(world: Keys) -> None:

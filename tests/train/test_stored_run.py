@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 from nemo_ray.errors import SupersededError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import exists, list_files, publish_json, read_bytes
-from nemo_ray.stored_run import DRIVER_NAME, StoredRunDir, open_run, working_folder
+from nemo_ray.stored_run import StoredRunDir, open_run, working_folder
+from nemo_ray.train import driver as drivers
 from nemo_ray.train import run_service
+from nemo_ray.train.driver import this_driver
+from nemo_ray.train.driver_lock import FILE_NAME
 from nemo_ray.train.remote_run import RemoteRunDir
 from nemo_ray.train.run_service import RunService
 from nemo_ray.train.watchdog import Watchdog
@@ -21,8 +25,6 @@ from tests.group import group_of_one
 from tests.object_store import ObjectStore
 from tests.train.runs import CPU, KilledError, Runs
 from tests.train.tracker_readers import tensorboard_points, tensorboard_texts
-
-DRIVER = "the driver"
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +53,20 @@ def url(request: pytest.FixtureRequest) -> str:
     return f"s3://runs/{request.node.name}"
 
 
+def hold(url: str, driver: drivers.Driver) -> None:
+    """As StoreLock does it."""
+    publish_json(f"{url}/{FILE_NAME}", {**asdict(driver), "beats": 1})
+
+
 class Driver:
     """What a driver does before its workers start."""
 
-    def __init__(self, url: str, token: str = DRIVER) -> None:
-        self.url = url
-        publish_json(f"{url}/{DRIVER_NAME}", {"token": token})
+    def __init__(self, url: str) -> None:
+        self.url, self.me = url, this_driver(None)
+        hold(url, self.me)
         self.run = StoredRunDir(url)
         self.run.pull()
-        self.service = RunService(url, token)
+        self.service = RunService(url, self.me)
 
     def worker(self) -> RemoteRunDir:
         """A start of the workers."""
@@ -166,7 +173,7 @@ def test_an_actor_that_ray_started_again_serves_the_same_start(store: ObjectStor
     driver = Driver(url)
     worker = driver.worker()
     worker.append_metrics({"step": 1})
-    driver.service = RunService(url, DRIVER)
+    driver.service = RunService(url, driver.me)
     worker.append_metrics({"step": 2})
     worker.publish_checkpoint(2, {"step": 2})
     assert [row["step"] for row in driver.run.read_metrics()] == [1, 2]
@@ -176,7 +183,7 @@ def test_an_actor_that_ray_started_again_serves_the_same_start(store: ObjectStor
 def test_a_driver_that_was_replaced_publishes_nothing(store: ObjectStore, url: str) -> None:
     driver = Driver(url)
     worker = driver.worker()
-    publish_json(f"{url}/{DRIVER_NAME}", {"token": "another driver"})
+    hold(url, this_driver(None))
     with pytest.raises(SupersededError, match="another driver took the run over"):
         worker.publish_checkpoint(1, {"step": 1})
     assert not list_files(f"{url}/checkpoints")
@@ -261,7 +268,7 @@ def test_a_run_that_died_goes_on_elsewhere_from_a_store_that_fails_now_and_then(
         with pytest.raises(KilledError):
             train(Driver(url), runs, die_at_evaluation=4)
         on_machine("two", monkeypatch, tmp_path)
-        driver = Driver(url, "the next driver")
+        driver = Driver(url)
         assert driver.run.checkpoint_steps() == [2]
         train(driver, runs, resume_from_checkpoint="auto")
     finally:
