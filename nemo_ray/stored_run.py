@@ -13,26 +13,31 @@ train/remote_run.py only.
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from nemo_ray.errors import ConfigError
 from nemo_ray.run_dir import PREPARED_NAME, STATE_NAME, RunDir
 from nemo_ray.storage import (
     join,
     list_folders,
     list_names,
+    open_input,
     publish_bytes,
+    publish_folder,
     publish_json,
     read_bytes,
     remove,
     remove_folder,
 )
-from nemo_ray.urls import is_url
+from nemo_ray.urls import is_url, redact
 
 PUSH_EVERY_S = 30.0
+_AT_ONCE_BYTES = 16 * 2**20
 RESULT_CONFIGS = {"adapter": "adapter_config.json", "model": "config.json"}
 """By folder, the file that is written last: with it the result is whole."""
 _ONLY_THERE = (PREPARED_NAME, "tensorboard", "wandb")
@@ -197,3 +202,34 @@ class StoredRunDir(RunDir):
         """Note what rank 0 has written to the store. Raises SupersededError."""
         self.check_attempt()
         self._pull_file(Path(final.name) / RESULT_CONFIGS[final.name])
+
+
+def fetch_result(url: str, argument: str) -> str:
+    """A folder here with what lies at a URL: a run with its result alone, or an adapter or model itself.
+
+    Args:
+        argument: of the command line, that gave the URL.
+
+    Raises: ConfigError where there is no such thing, StorageError.
+    """
+    names = list_names(url)
+    files: list[tuple[str, ...]] = [(name,) for name in names]
+    if not names & set(RESULT_CONFIGS.values()):
+        found = RESULT_CONFIGS.keys() & list_folders(url)
+        if not found:
+            reason = "its run has not ended yet" if "run.json" in names else "it is neither a run nor one"
+            raise ConfigError(f"{argument}: {redact(url)} holds no adapter and no model: {reason}")
+        files = [("run.json",)] if "run.json" in names else []
+        files += [(folder, name) for folder in found for name in list_names(join(url, folder))]
+    place = working_folder(url)
+    final, partial = place.with_name(f"{place.name}-result"), place.with_name(f".{uuid.uuid4().hex}.partial")
+    try:
+        for parts in files:
+            copy = partial.joinpath(*parts)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with open_input(join(url, *parts)) as source, open(copy, "wb") as target:
+                shutil.copyfileobj(source, target, _AT_ONCE_BYTES)
+        publish_folder(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return str(final)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_ray.errors import ConfigError, NemoRayError, tell
 from nemo_ray.run_dir import RunDir
+from nemo_ray.stored_run import fetch_result
+from nemo_ray.urls import is_url
 
 if TYPE_CHECKING:
     from nemo_ray.export.sides import Setting
@@ -74,7 +76,7 @@ def find_source(given: str, base_model: str | None) -> Source:
 
     Raises: ConfigError where there is nothing to export, or no base to it.
     """
-    run = RunDir(given)
+    run = RunDir(fetch_result(given, "RUN_OR_ADAPTER") if is_url(given) else given)
     if not run.path.is_dir():
         raise ConfigError(
             f"RUN_OR_ADAPTER: {given} is no folder; give a run's output_dir or an adapter's folder"

@@ -11,6 +11,8 @@ from nemo_ray.config.checks import is_hub_id, model_folder_errors
 from nemo_ray.errors import ConfigError
 from nemo_ray.hub import is_reference, local_folder
 from nemo_ray.run_dir import RunDir
+from nemo_ray.stored_run import fetch_result
+from nemo_ray.urls import is_url
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def find_source(model: str | None, adapter: str | None) -> Source:
         if run.adapter_dir.is_dir():
             raise ConfigError(f"--model: {model} holds an adapter; give it as --adapter {model}")
         return Source(str(run.model_dir) if run.model_dir.is_dir() else model, None)
-    run = RunDir(adapter)
+    run = RunDir(fetch_result(adapter, "--adapter") if is_url(adapter) else adapter)
     if not run.path.is_dir():
         raise ConfigError(
             f"--adapter: {adapter} is no folder; give that of an adapter, or a run's output_dir"

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from nemo_ray.errors import SupersededError
+from nemo_ray.errors import ConfigError, SupersededError
+from nemo_ray.export import __main__ as export
+from nemo_ray.model import prompt
 from nemo_ray.run_dir import RunDir
 from nemo_ray.storage import exists, list_files, publish_json, read_bytes
-from nemo_ray.stored_run import StoredRunDir, open_run, working_folder
+from nemo_ray.stored_run import StoredRunDir, fetch_result, open_run, working_folder
 from nemo_ray.train import driver as drivers
 from nemo_ray.train import run_service
 from nemo_ray.train.driver import this_driver
@@ -285,3 +287,17 @@ def test_a_run_that_died_goes_on_elsewhere_from_a_store_that_fails_now_and_then(
     assert {step for name, step in points if name == "train/loss"} == set(range(1, 7))
     assert all(len(values) == 1 for values in points.values())
     assert len(tensorboard_texts(run.tensorboard_dir)) == 1
+    for command in (prompt.find_source(None, url), export.find_source(url, None)):
+        assert command.adapter is not None
+        assert (command.adapter / name).read_bytes() == (run.adapter_dir / name).read_bytes()
+        assert command.base == str(runs.base)
+    assert export.find_source(f"{url}/adapter", None).adapter == Path(fetch_result(f"{url}/adapter", "it"))
+
+
+def test_where_there_is_no_result_it_is_said(store: ObjectStore, url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--adapter: s3://.* holds no adapter and no model: it is"):
+        prompt.find_source(None, url)
+    Driver(url).run.write_run({})
+    StoredRunDir(url).push()
+    with pytest.raises(ConfigError, match=r"^RUN_OR_ADAPTER: s3://.*: its run has not ended yet"):
+        export.find_source(url, None)
