@@ -359,7 +359,8 @@ class TrainSection(Section):
     """How long, how fast, and what is written on the way."""
 
     output_dir: PathText = Field(
-        "outputs/out", description="Folder of the run: metrics, checkpoints and the result."
+        "outputs/out", description="Folder of the run: metrics, checkpoints and the result; a path that all nodes see, or the "
+        "URL of a folder in an object store.",
     )
     overwrite: Bool = Field(
         False, description="Replace the run that `output_dir` holds, unless it is resumed."
@@ -452,7 +453,7 @@ class TrainSection(Section):
     resume_from_checkpoint: Annotated[PathText | None, Kind("auto or a path")] = Field(
         None,
         description="`auto`: the newest complete checkpoint in `output_dir`, or a fresh start where there "
-        "is none; or the path of a checkpoint.",
+        "is none; or the path of a checkpoint, or its URL in an `output_dir` that is one.",
     )
     dp_shard_size: PositiveInt | None = Field(
         None, description="Workers that share one copy of the weights (FSDP2)."
