@@ -8,7 +8,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,9 +31,11 @@ _START_WITHIN_S = 120.0
 class Nodes:
     """A head with `num_cpus` and `resources` from the start; `add` brings more, unless it is `alone`."""
 
-    def __init__(self, folder: Path, num_cpus: int, resources: str, alone: bool) -> None:
+    def __init__(
+        self, folder: Path, num_cpus: int, resources: str, alone: bool, environment: Mapping[str, str]
+    ) -> None:
         self._folder = folder
-        self.environment = {**ENVIRONMENT, **(_ALONE if alone else {})}
+        self.environment = {**ENVIRONMENT, **(_ALONE if alone else {}), **environment}
         # Paths of sockets are limited to 107 characters.
         self._short = tempfile.mkdtemp(prefix="nr-", dir="/tmp")
         self._ports = iter(_free_ports(40))
@@ -47,17 +49,21 @@ class Nodes:
         )
         self.head.wait_until(lambda: _answers(f"{self.dashboard}/api/jobs/"), _START_WITHIN_S)
 
-    def add(self, num_cpus: int, resources: str = "{}") -> Command:
-        """Another node, which can be killed: it is there when its command says so."""
+    def add(self, num_cpus: int, resources: str = "{}", **environment: str) -> Command:
+        """Another node, which can be killed: it is there when its command says so.
+
+        `environment`: variables of its own processes.
+        """
         ip = f"127.0.0.{len(self.commands) + 1}"  # a driver on 127.0.0.1 then takes the head for its own node
         node = self._start(
             *(f"--address={self.address}", f"--node-ip-address={ip}"),
             *(f"--num-cpus={num_cpus}", f"--resources={resources}"),
+            **environment,
         )
         node.wait_until(lambda: "Ray runtime started." in node.output, _START_WITHIN_S)
         return node
 
-    def _start(self, *arguments: str) -> Command:
+    def _start(self, *arguments: str, **environment: str) -> Command:
         agent, runtime, metrics = (next(self._ports) for _ in range(3))
         command = Command(
             [
@@ -66,7 +72,7 @@ class Nodes:
                 *(f"--metrics-export-port={metrics}", "--object-store-memory=268435456"),
             ],
             self._folder / f"node-{len(self.commands)}.log",
-            **self.environment,
+            **{**self.environment, **environment},
         )
         self.commands.append(command)
         return command
@@ -79,9 +85,11 @@ class Nodes:
 
 
 @contextmanager
-def nodes(folder: Path, num_cpus: int, resources: str = "{}", alone: bool = False) -> Iterator[Nodes]:
-    """A cluster for a `with` block."""
-    made = Nodes(folder, num_cpus, resources, alone)
+def nodes(
+    folder: Path, num_cpus: int, resources: str = "{}", alone: bool = False, **environment: str
+) -> Iterator[Nodes]:
+    """A cluster for a `with` block; `environment`: variables of its processes."""
+    made = Nodes(folder, num_cpus, resources, alone, environment)
     try:
         yield made
     finally:

@@ -1,4 +1,4 @@
-"""A run whose output_dir is in an object store that fails now and then: the same course, on any machine."""
+"""A run whose output_dir is in an object store: the same course, on any machine."""
 
 import shutil
 import signal
@@ -13,6 +13,7 @@ from nemo_ray.storage import list_files, read_bytes
 from nemo_ray.stored_run import StoredRunDir
 from tests.e2e.command import TRAIN, Command
 from tests.e2e.compare import assert_same_course, assert_same_tensors
+from tests.e2e.test_two_drivers import send
 from tests.e2e.world import World
 from tests.object_store import ObjectStore
 from tests.train.tracker_readers import tensorboard_points
@@ -29,7 +30,6 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
         made.create_bucket("runs")
         for name, value in made.environ().items():
             monkeypatch.setenv(name, value)
-        made.fail_some(0.03, seed=1)
         yield made
 
 
@@ -60,9 +60,10 @@ def test_killed_with_its_machine_and_continued_on_another(
     world: World, reference: RunDir, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = "s3://runs/killed"
+    store.fail_some(0.03, seed=1)
     two = {"ray": {"num_workers": 2}, "micro_batch_size": 2}
     first = Machine(world, tmp_path / "first", url).train(**two)
-    first.wait_until(lambda: f"{url}/checkpoints/step-4/state.json" in list_files(f"{url}/checkpoints"))
+    first.wait_until(lambda: "killed/checkpoints/step-4/state.json" in store.objects("runs"))
     first.kill_tree()
     shutil.rmtree(tmp_path / "first")
     elsewhere = Machine(world, tmp_path / "second", url)
@@ -95,12 +96,17 @@ def test_interrupted_and_continued_and_replaced(
     url = "s3://runs/interrupted"
     machine = Machine(world, tmp_path / "cache", url)
     first = machine.train()
-    first.wait_until(lambda: f"{url}/checkpoints/step-4/state.json" in list_files(f"{url}/checkpoints"))
+    first.wait_until(lambda: "interrupted/checkpoints/step-4/state.json" in store.objects("runs"))
+    pids = list(first.tree())
+    send(signal.SIGSTOP, pids)  # else it might end before the second begins
     second = machine.train(resume_from_checkpoint="auto")
-    assert second.end() == 2
+    assert second.end() == 2, second.output
     (line,) = second.errors
     assert f"another driver is at work in {url}: process {first.process.pid} on " in line
     first.process.send_signal(signal.SIGINT)
+    first.process.send_signal(signal.SIGCONT)
+    first.wait_until(lambda: "stopping:" in first.output)
+    send(signal.SIGCONT, pids)
     assert first.end() == 130, first.output
     step = max(seen(url, tmp_path / "look", monkeypatch).checkpoint_steps())
     assert f"newest checkpoint: {url}/checkpoints/step-{step}" in first.output
