@@ -359,8 +359,9 @@ class TrainSection(Section):
     """How long, how fast, and what is written on the way."""
 
     output_dir: PathText = Field(
-        "outputs/out", description="Folder of the run: metrics, checkpoints and the result; a path that all nodes see, or the "
-        "URL of a folder in an object store.",
+        "outputs/out",
+        description="Folder of the run: metrics, checkpoints and the result; a path that all nodes see, or "
+        "the URL of a folder in an object store.",
     )
     overwrite: Bool = Field(
         False, description="Replace the run that `output_dir` holds, unless it is resumed."
