@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nemo_ray.data.files import RUN_ROWS
-from nemo_ray.data.hashing import hashes
 from nemo_ray.data.windows import Ranges
+from nemo_ray.hashing import hashes
 
 Part = tuple[str, tuple[int, int]]
 """A file's name, and the [first, last) rows of it that are used."""

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nemo_ray.data.hashing import Choices, shuffled
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.mixing import passes
 from nemo_ray.data.packing import Int64
+from nemo_ray.hashing import Choices, shuffled
 
 OPEN_WINDOWS = 8
 
