@@ -6,6 +6,7 @@ types, rules between keys, paths. Imports no torch, transformers or Ray: a wrong
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,6 +19,7 @@ from nemo_ray.config.overrides import apply_override
 from nemo_ray.config.schema import Config, DatasetSpec, RaySection, Section
 from nemo_ray.config.translate import (
     DATASET_KEYS,
+    Raw,
     dataset_entries,
     drop_absent,
     keys_that_swallowed_a_value,
@@ -49,12 +51,22 @@ def load_config(
     check_support: False leaves out what this version cannot do yet (to read a configuration for a later one).
     Raises ConfigError with one line per problem.
     """
+    return check_raw(read_raw(path, overrides), check_paths=check_paths, check_support=check_support)
+
+
+def read_raw(path: str, overrides: Sequence[str] = ()) -> Raw:
+    """The file's keys, each by its one spelling, changed by overrides. Raises ConfigError."""
     raw = read_yaml(path)
     errors = rename_keys(raw)
     for override in overrides:
         errors += apply_override(raw, override)
     # Again, for whole sections that overrides have set.
     _raise([*errors, *rename_keys(raw), *keys_that_swallowed_a_value(raw)])
+    return raw
+
+
+def check_raw(raw: Raw, *, check_paths: bool = True, check_support: bool = True) -> LoadedConfig:
+    """The rest of `load_config`, on keys that it may change. Raises ConfigError."""
     adapter_named = "adapter" in raw
     name_tokenized([entry for _, _, entry in dataset_entries(raw)])
     raw = drop_absent(raw)
@@ -71,13 +83,31 @@ def load_config(
     return LoadedConfig(config, (*found.notices, *rule_notices(config)))
 
 
+def problem_lines(error: ValidationError, section: type[Section], name: str) -> list[str]:
+    """One line for each key of the section `name` that pydantic found wrong."""
+    lines = {}
+    for item in error.errors():
+        key = str(item["loc"][0])
+        if item["type"] == "extra_forbidden":
+            close = get_close_matches(key, section.model_fields, n=1, cutoff=0.6)
+            advice = (
+                f"did you mean {name}.{close[0]}?" if close else "remove it (docs/config.md lists the keys)"
+            )
+            lines[key] = f"{name}.{key}: {show(item['input'])}: unknown key; {advice}"
+        elif item["type"] == "missing":
+            lines[key] = f"{name}.{key}: missing; give {kinds_of(section)[key]}"
+        else:
+            value = item["input"] if len(item["loc"]) == 1 else item["loc"][-1]
+            lines[key] = f"{name}.{key}: {show(value)} is not valid; give {kinds_of(section)[key]}"
+    return list(lines.values())
+
+
 def _raise(lines: list[str]) -> None:
     if lines:
         raise ConfigError("\n".join(lines))
 
 
 def _lines(error: ValidationError) -> list[str]:
-    """One line for each key that pydantic found wrong."""
     problems = [item for item in error.errors() if item["type"] != "default_factory_not_called"]
     places = [_place(item["loc"]) for item in problems]
     lines: dict[tuple[str | int, ...], str] = {}

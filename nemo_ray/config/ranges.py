@@ -1,4 +1,4 @@
-"""What a swept key may be: a list of values, a range that values are drawn from, or a formula over other keys.
+"""What a swept key may be: a list of values, a range to draw from, or a formula over other keys.
 
     lora_r: [8, 16, 32]                      one of these
     learning_rate: {loguniform: [1e-5, 1e-3]}

@@ -1,0 +1,152 @@
+"""From a YAML file with a `tune` section to the checked configuration of every trial.
+
+Owns what may be swept, and that nothing starts before all of it is known to be right.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from pydantic import ValidationError
+
+from nemo_ray.config.load import LoadedConfig, check_raw, problem_lines, read_raw
+from nemo_ray.config.nearest import nearest
+from nemo_ray.config.ranges import Range, parse_parameter
+from nemo_ray.config.schema import AdapterSection, Config, TrainSection
+from nemo_ray.config.translate import canonical_key, drop_absent, show
+from nemo_ray.config.tune_schema import TuneSection
+from nemo_ray.errors import ConfigError
+from nemo_ray.storage import join
+from nemo_ray.tune.space import Point, Space, grid, random, size
+
+DEFAULT_TRIALS = 10
+TRIALS_NAME = "trials"
+_ONE_FOR_ALL = {
+    "output_dir": "each trial has a folder in it",
+    "overwrite": "it is about the whole sweep",
+    "resume_from_checkpoint": "it is about the whole sweep",
+    "seed": "all trials see the same sample order",
+    "lora_model_dir": "all trials start from the same weights",
+}
+"""Keys that no trial has for itself, and why."""
+SWEPT = frozenset({**AdapterSection.model_fields, **TrainSection.model_fields}) - _ONE_FOR_ALL.keys()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One of a sweep's runs."""
+
+    number: int
+    point: Point
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.number:03d}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep. `trials` is what grid and random search decide beforehand; optuna decides later."""
+
+    section: TuneSection
+    base: LoadedConfig
+    space: Space
+    num_trials: int
+    trials: tuple[Trial, ...]
+    make: Callable[[int, Point], Trial]
+    """A trial of any point. Raises ConfigError where its configuration is not valid."""
+
+
+def load_sweep(path: str, overrides: Sequence[str] = ()) -> Sweep:
+    """Read and check a sweep and the configuration of every trial. Raises ConfigError, a line a problem."""
+    raw = read_raw(path, overrides)
+    section = _section(raw.pop("tune", None))
+    space = _space(section)
+    base = check_raw(copy.deepcopy(raw))
+    fixed = base.config.to_dict()
+
+    def make(number: int, point: Point) -> Trial:
+        output_dir = join(base.config.output_dir, TRIALS_NAME, f"{number:03d}")
+        own = {**copy.deepcopy(raw), **copy.deepcopy(point), "output_dir": output_dir}
+        try:
+            return Trial(number, point, check_raw(own).config)
+        except ConfigError as error:
+            values = ", ".join(f"{name}={show(value)}" for name, value in point.items())
+            lines = (f"trial {number} ({values}): {line}" for line in str(error).splitlines())
+            raise ConfigError("\n".join(lines)) from None
+
+    num_trials = _num_trials(section, space)
+    points: Iterator[Point] = iter(())
+    if section.search == "grid":
+        points = grid(space, fixed)
+    elif section.search == "random":
+        points = random(space, fixed, section.seed)
+    try:
+        trials = tuple(make(number, point) for number, point in enumerate(islice(points, num_trials)))
+    except ValueError as error:
+        raise ConfigError(f"tune.parameters.{error}") from None
+    return Sweep(section, base, space, num_trials, trials, make)
+
+
+def _section(raw: Any) -> TuneSection:
+    if not isinstance(raw, dict):
+        what = "missing" if raw is None else f"{show(raw)} is not valid"
+        raise ConfigError(f"tune: {what}; give a section with parameters, such as lora_r: [8, 16, 32]")
+    raw = drop_absent(raw)
+    if isinstance(raw.get("parameters"), dict):
+        raw["parameters"] = {canonical_key(str(key)): value for key, value in raw["parameters"].items()}
+    try:
+        return TuneSection.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError("\n".join(problem_lines(error, TuneSection, "tune"))) from None
+
+
+def _space(section: TuneSection) -> Space:
+    space, errors = {}, []
+    for name, value in section.parameters.items():
+        try:
+            problem = _not_swept(name)
+            if problem is not None:
+                raise ValueError(problem)
+            space[name] = parse_parameter(value)
+        except ValueError as error:
+            errors.append(f"tune.parameters.{name}: {error}")
+            continue
+        if section.search == "grid" and isinstance(space[name], Range):
+            errors.append(
+                f"tune.parameters.{name}: a grid is made of lists; give a list, or tune.search: random"
+            )
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return space
+
+
+def _not_swept(name: str) -> str | None:
+    """Why a key cannot be swept; None where it can."""
+    if name in SWEPT:
+        return None
+    if name in _ONE_FOR_ALL:
+        return f"cannot differ between trials: {_ONE_FOR_ALL[name]}"
+    if name in Config.model_fields:
+        return "cannot differ between trials: they share the base model, the data and the cluster"
+    best = nearest((name,))
+    return "unknown key" + (f"; did you mean {best}?" if best else "; docs/config.md lists the keys")
+
+
+def _num_trials(section: TuneSection, space: Space) -> int:
+    points, asked = size(space), section.num_trials
+    if section.search == "grid":
+        if asked is not None and asked < points:
+            raise ConfigError(
+                f"tune.num_trials: {asked} trials do not cover the grid, which has {points:g} points; "
+                "set it to that, take values out, or set tune.search: random"
+            )
+        return int(points)
+    if asked is not None and asked > points:
+        raise ConfigError(f"tune.num_trials: {asked}, but the space has {points:g} points; set it to that")
+    return asked or (DEFAULT_TRIALS if math.isinf(points) else min(DEFAULT_TRIALS, int(points)))
