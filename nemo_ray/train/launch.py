@@ -195,6 +195,7 @@ class Launch:
         self._print_plan(plan, shape, wanted, where, start)
         self._train(plan, wanted, beside)
         self.lock.check()
+        run.push()
         if self.interrupts.count or self.stopped:
             newest = self._newest_checkpoint()
             self.say(f"stopped; go on with resume_from_checkpoint=auto (newest checkpoint: {newest})")
@@ -343,13 +344,11 @@ class Launch:
             return
         shutil.rmtree(run.ray_dir, ignore_errors=True)
         run.stop_file.unlink(missing_ok=True)
-        if code != 0 and not run.has_trained():
-            run.clear(keep=(run.error_file, run.rejected_file))
-            with contextlib.suppress(OSError):
-                run.push()
-            return
         outcome = {0: "finished", INTERRUPTED: "stopped"}.get(code, "failed")
         facts = {"outcome": outcome, "ended_at": datetime.now(UTC).isoformat(timespec="seconds")}
-        with contextlib.suppress(OSError):  # a full disk has been told of already
-            run.update_run(facts)
+        with contextlib.suppress(OSError):  # a full disk, or a store that is away, has been told of already
+            if code != 0 and not run.has_trained():
+                run.clear(keep=(run.error_file, run.rejected_file))
+            else:
+                run.update_run(facts)
             run.push()

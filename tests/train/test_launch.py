@@ -16,7 +16,7 @@ from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config, RaySection
 from nemo_ray.data.manifest import DataPlan, FileInfo, SourceInfo
 from nemo_ray.data.window_list import Span, Window, WindowList
-from nemo_ray.errors import ClusterError, ConfigError, DataError, PatchError
+from nemo_ray.errors import ClusterError, ConfigError, DataError, PatchError, StorageError
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train import outputs, resources, summary
 from nemo_ray.train.__main__ import main
@@ -435,6 +435,32 @@ def test_data_errors_exit_1_and_leave_no_run(tmp_path: Path, capsys: pytest.Capt
     assert Launch(loaded, Parts(plan=plan, prepare=never, worker=never)).run() == 1
     assert capsys.readouterr().err == "error: rows.jsonl: no usable row\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_do_not_reach_the_store_fail_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that says that it is finished has its rows where they belong."""
+    workers, run = resources.Demand(1, False, {"CPU": 1.0}), RunDir(tmp_path / "run")
+
+    def push(run: RunDir) -> None:
+        raise StorageError("s3://bucket/run/metrics.jsonl: writing failed 5 times: it is away")
+
+    def train(launch: Launch, *_: Any) -> None:
+        run.append_metrics({"step": 1, "loss": 1.0, "nonfinite_steps": 0})
+
+    monkeypatch.setattr(Launch, "_enter_ray", lambda *_: (workers, True))
+    monkeypatch.setattr(Launch, "_print_plan", lambda *_: None)
+    monkeypatch.setattr(Launch, "_train", train)
+    loaded = load_config(str(inputs(tmp_path)))
+    parts = Parts(plan=lambda *_: data_plan(), prepare=never, worker=never)
+    assert Launch(loaded, parts).run() == 0
+    assert run.read_run()["outcome"] == "finished"
+    monkeypatch.setattr(RunDir, "push", push)
+    loaded = load_config(str(tmp_path / "run.yaml"), ["overwrite=true"])
+    assert Launch(loaded, parts).run() == 1
+    assert "error: s3://bucket/run/metrics.jsonl: writing failed" in capsys.readouterr().err
+    assert run.read_run()["outcome"] == "failed"
 
 
 def test_ctrl_c_before_ray_exits_130(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from nemo_ray.train.trackers import setup
 from nemo_ray.train.trackers.forwarder import Forwarder
 from nemo_ray.train.trackers.rows import Row, figures, flat, without_secrets
 from nemo_ray.train.trackers.setup import check_trackers, variables_to_pass_on
+from nemo_ray.train.trackers.tensorboard import TensorBoard
 from nemo_ray.train.worker import run_worker
 from tests.e2e.compare import eval_rows, train_rows
 from tests.group import group_of_one
@@ -210,6 +211,16 @@ def test_tensorboard_after_a_death_before_the_first_checkpoint(runs: Runs) -> No
         runs.run("early", die_at_evaluation=2)
     run = runs.run("early", resume_from_checkpoint="auto")
     assert_shown(tensorboard_points(run.tensorboard_dir), run)
+
+
+def test_event_files_hold_what_was_flushed(tmp_path: Path) -> None:
+    tracker = TensorBoard(tmp_path / "tensorboard", 0, [], {})
+    tracker.open()
+    for step in range(1, 301):
+        tracker.log([{"step": step, "loss": 1.0 / step}])
+    tracker.flush()
+    points = tensorboard_points(tmp_path / "tensorboard")
+    assert sorted(step for _, step in points) == list(range(1, 301))
 
 
 def test_event_files_hold_all_rows_before_a_checkpoint_is_there(runs: Runs) -> None:

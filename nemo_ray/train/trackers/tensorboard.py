@@ -1,16 +1,21 @@
 """TensorBoard: event files in output_dir/tensorboard, one for each start of the run.
 
 Written with tensorboardX, which Ray Train brings along; torch.utils.tensorboard would need the package
-tensorboard itself, a server with a dozen dependencies, on every worker.
+tensorboard itself, a server with a dozen dependencies, on every worker. Its SummaryWriter hands events to a
+thread of its own, for which its flush does not wait (2.6.5): here the tracker's thread writes them itself.
 """
 
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_ray.train.trackers.rows import Row, figures
+
+FLUSH_EVERY_S = 10.0
+"""Each is an fsync."""
 
 
 class TensorBoard:
@@ -20,33 +25,44 @@ class TensorBoard:
 
     def __init__(self, folder: Path, step: int, history: Sequence[Row], facts: Mapping[str, Any]) -> None:
         self._folder, self._step, self._history, self._facts = folder, step, history, facts
+        self._flushed_s = -FLUSH_EVERY_S
 
     def open(self) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.summary import text
 
         # Before the first checkpoint nothing guarantees that a file holds what it should: it is written anew.
         if self._step == 0:
             shutil.rmtree(self._folder, ignore_errors=True)
-        continued = self._folder.is_dir() and any(self._folder.iterdir())
-        self._writer = SummaryWriter(
-            str(self._folder),
-            purge_step=self._step + 1 if continued else None,
-            max_queue=1000,
-            flush_secs=10,  # an fsync
-            filename_suffix=f".{self._step:09d}",  # files of one second are read in this order
-        )
-        if not continued:
-            text = json.dumps(self._facts, indent=2, ensure_ascii=False)
-            self._writer.add_text("configuration", "\n".join(f"    {line}" for line in text.splitlines()), 0)
-            self.log(self._history)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        continued = any(self._folder.iterdir())
+        # Files of one second are read in the order of their names.
+        self._writer = EventsWriter(str(self._folder / "events"), f".{self._step:09d}")
+        if continued:  # points from this step on are void
+            self._add(self._step + 1, session_log=SessionLog(status=SessionLog.START))
+            return
+        facts = json.dumps(self._facts, indent=2, ensure_ascii=False)
+        self._add(0, summary=text("configuration", "\n".join(f"    {line}" for line in facts.splitlines())))
+        self.log(self._history)
 
     def log(self, rows: Sequence[Row]) -> None:
+        from tensorboardX.summary import scalar
+
         for row in rows:
             for name, value in figures(row).items():
-                self._writer.add_scalar(name, value, row["step"])
+                self._add(row["step"], summary=scalar(name, value))
+        if time.monotonic() - self._flushed_s >= FLUSH_EVERY_S:
+            self.flush()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def flush(self) -> None:
         self._writer.flush()
+        self._flushed_s = time.monotonic()
 
     def close(self, outcome: str) -> None:
         self._writer.close()
