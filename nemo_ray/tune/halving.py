@@ -1,7 +1,7 @@
 """Successive halving that gives the same result in whatever order trials report.
 
 At each rung, a number of evaluations, a trial goes on if it belongs to the best 1/eta of those trials up to
-its own number that got there; the first always does. ASHA (Li et al., 2020) takes trials in the order of their
+its own number that got there; the first always does. ASHA (Li et al., 2020) takes trials in the order of
 arrival, so that two runs of one sweep stop different ones. Here a trial that arrives before those with lower
 numbers trains on until they have arrived, or have ended; what it did beyond its rung does not count if it is
 stopped. So stops depend on values only: not on the cluster, nor on how often the sweep was killed.
