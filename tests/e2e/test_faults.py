@@ -18,7 +18,7 @@ from tests.e2e.compare import assert_same_adapter, assert_same_course, train_row
 from tests.e2e.test_resume import SAVED, TWO_WORKERS, killed_after_a_checkpoint, resumed, wait_for_step
 from tests.e2e.world import World
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def asides(run: RunDir) -> set[Path]:
@@ -39,7 +39,6 @@ def kill_while_a_checkpoint_is_written(started: Command, run: RunDir) -> bool:
     return any(path.exists() for path in new)
 
 
-@pytest.mark.long
 def test_killed_while_a_checkpoint_is_written(world: World, reference: RunDir) -> None:
     run, changes = world.run_dir("killed-while-saving"), {**TWO_WORKERS, "save_steps": 1}
     for _ in range(4):
@@ -69,7 +68,6 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_it_goes_on(
     assert_same_adapter(run, reference, tolerance=1e-5)
 
 
-@pytest.mark.long
 def test_checkpoints_become_read_only(world: World, reference: RunDir) -> None:
     setpriv = shutil.which("setpriv")
     if setpriv is None:
@@ -92,7 +90,6 @@ def test_checkpoints_become_read_only(world: World, reference: RunDir) -> None:
     assert_same_course(run, reference, rtol=1e-5)
 
 
-@pytest.mark.long
 def test_sigterm_saves_and_a_resumed_run_ends_equal(world: World, reference: RunDir) -> None:
     run = world.run_dir("terminated")
     started = world.train("terminated", save_steps=100)

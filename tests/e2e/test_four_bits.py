@@ -12,7 +12,7 @@ from nemo_ray.run_dir import RunDir
 from tests.e2e.compare import assert_loss_falls, assert_same_course, train_rows
 from tests.e2e.world import World
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
 QLORA = {
     "adapter": "qlora",
@@ -81,7 +81,6 @@ def test_run_json_says_how_it_was_held(qlora: RunDir) -> None:
     assert facts["model"]["total"] > facts["model"]["trainable"] > 0
 
 
-@pytest.mark.long
 def test_one_worker_gives_the_same_curve(world: World, qlora: RunDir) -> None:
     """The bytes of a 4-bit base do not depend on who holds them; float32 states make the rest comparable."""
     keys = {**QLORA, "optimizer": "adamw_torch"}

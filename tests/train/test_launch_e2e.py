@@ -80,6 +80,7 @@ def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error:")]
 
 
+@pytest.mark.long
 def test_a_run_to_its_end(run: RunDir, launches: list[Started]) -> None:
     launch = start(launches, "finish", run)
     assert launch.end() == 0, launch.output
@@ -112,6 +113,7 @@ def test_ctrl_c_saves_a_checkpoint(run: RunDir, launches: list[Started]) -> None
     assert run.read_run()["outcome"] == "stopped" and not run.stop_requested()
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_ends_at_once(run: RunDir, launches: list[Started]) -> None:
     launch = start(launches, "deaf", run)
     launch.wait_for("tokens/s")
@@ -123,6 +125,7 @@ def test_a_second_ctrl_c_ends_at_once(run: RunDir, launches: list[Started]) -> N
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.long
 def test_sigterm_before_training_ends_cleanly(run: RunDir, launches: list[Started]) -> None:
     launch = start(launches, "steps", run)
     launch.wait_for("starting 2 workers")
