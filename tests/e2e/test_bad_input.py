@@ -123,7 +123,7 @@ def test_a_few_bad_rows_are_counted_and_listed(world: World, reference: RunDir) 
     assert re.search(r"^data: .*\d+ documents cut to sequence_len", output, re.MULTILINE), output
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_unmarked_templates_and_dropped_rows_are_told(world: World) -> None:
     marked = (world.base / "chat_template.jinja").read_text()
     unmarked, num_marks = re.subn(r"\{%-?\s*(end)?generation\s*-?%\}", "", marked)

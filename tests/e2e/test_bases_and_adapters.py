@@ -68,6 +68,7 @@ def test_whole_modules_are_trained_and_load_in_plain_peft(world: World) -> None:
     assert difference(ours, theirs) < LOGITS_TOLERANCE
 
 
+@pytest.mark.soak
 def test_a_full_fine_tune_computes_in_bf16_over_float32_masters(world: World) -> None:
     names = ("lora_target_modules", "lora_target_parameters", "lora_r", "lora_alpha", "lora_dropout")
     keys = {"adapter": "none", **dict.fromkeys(names), "learning_rate": 3e-3, "ray": {"num_workers": 2}}

@@ -121,6 +121,7 @@ def test_trackers_show_metrics_jsonl(world: World, stopped: RunDir) -> None:
     assert stopped.read_run()["notices"] == []
 
 
+@pytest.mark.soak
 def test_killed_and_resumed_stops_at_the_same_step(world: World, stopped: RunDir) -> None:
     """SIGKILL between the best evaluation and the stop."""
     best = stopped.read_run()["best"]["step"]

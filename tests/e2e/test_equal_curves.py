@@ -49,14 +49,14 @@ def test_the_same_curve_however_a_step_is_split(
     assert_same_adapter(run, reference)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_the_same_yaml_and_seed_twice(world: World, reference: RunDir) -> None:
     again = world.finished("again")
     assert_same_course(again, reference, rtol=1e-5)
     assert_same_adapter(again, reference, tolerance=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_another_seed_is_another_run(world: World, reference: RunDir) -> None:
     """What the comparisons would find, if it were there."""
     other = world.finished("other-seed", seed=8)

@@ -68,6 +68,7 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_it_goes_on(
     assert_same_adapter(run, reference, tolerance=1e-5)
 
 
+@pytest.mark.soak
 def test_checkpoints_become_read_only(world: World, reference: RunDir) -> None:
     setpriv = shutil.which("setpriv")
     if setpriv is None:

@@ -95,7 +95,7 @@ def test_a_killed_worker_is_replaced(world: World, reference: RunDir, at_step: i
     assert_same_adapter(run, reference)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_killed_twice(world: World, reference: RunDir) -> None:
     """Also in the run that resumes, before and after a checkpoint of its own."""
     run = killed_after_a_checkpoint(world, "killed-twice")
@@ -118,7 +118,7 @@ def test_resuming_a_finished_run_changes_nothing(world: World, reference: RunDir
     assert_same_adapter(run, reference, tolerance=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_an_earlier_checkpoint_by_its_path(world: World, reference: RunDir) -> None:
     """Later checkpoints of the same run are set aside, and the course is the same again."""
     run = world.finished("from-path")

@@ -80,7 +80,7 @@ def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error:")]
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_run_to_its_end(run: RunDir, launches: list[Started]) -> None:
     launch = start(launches, "finish", run)
     assert launch.end() == 0, launch.output
@@ -174,7 +174,7 @@ def test_a_worker_that_dies_before_ray_asks_for_it_is_replaced(run: RunDir, laun
     assert launch.output.count("starting again from the beginning") == 1 and not errors(launch.output)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_failures_without_a_checkpoint_end_the_run(run: RunDir, launches: list[Started]) -> None:
     launch = start(launches, "dies", run, "ray.max_failures=1")
