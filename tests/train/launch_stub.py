@@ -143,7 +143,7 @@ def hang_once(loop_config, run, rank):
             watchdog.wait()
             dist.barrier()
     if rank == 0:
-        run.append_metrics({"step": 4, "loss": 3.0})
+        run.append_metrics({"step": 4, "loss": 3.0, "nonfinite_steps": 0})
         run.adapter_dir.mkdir()
         run.write_progress({"phase": "done", "step": 4})
     return {"step": 4, "stopped": False}
