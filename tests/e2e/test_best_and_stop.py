@@ -144,8 +144,8 @@ def test_killed_and_resumed_stops_at_the_same_step(world: World, stopped: RunDir
 
 def test_a_metric_that_is_not_evaluated_is_refused(world: World) -> None:
     changes = {**settings(world), "metric_for_best_model": "eval_loss/texts"}
-    config = world.write_yaml(output_dir=str(world.run_dir("refused").path), **changes)
+    config = world.write_yaml(output_dir=str(world.run_dir("no-such-metric").path), **changes)
     started = world.command(*TRAIN, str(config))
     assert started.end() == 2
     (line,) = started.errors
-    assert "eval_loss/held-out-texts" in line and not world.run_dir("refused").path.exists()
+    assert "eval_loss/held-out-texts" in line and not world.run_dir("no-such-metric").path.exists()
