@@ -256,7 +256,9 @@ class Launch:
         """Prepare data and train; returns when the workers ended well, or after a signal."""
         config, run = self.config, self.run_dir
         with ProgressDisplay(self.console, run, live=self.console.is_terminal) as display:
-            data = self.data = Background("data", lambda: self.parts.prepare(plan, config, self.stop_data, display.data))
+            data = self.data = Background(
+                "data", lambda: self.parts.prepare(plan, config, self.stop_data, display.data)
+            )
             if not beside:
                 display.stage("preparing data")
                 display.say("note: the workers take all CPUs, so all data is prepared before they start")
@@ -332,7 +334,9 @@ class Launch:
         if not self._ending.acquire(blocking=False):
             return
         self.stop_data.set()
-        if self.data is not None:  # Ray 2.60 ends the process, with code 1, in which a thread still asks for it
+        if (
+            self.data is not None
+        ):  # Ray 2.60 ends the process, with code 1, in which a thread still asks for it
             self.data.wait(_DATA_ENDS_WITHIN_S)
         if "ray" in sys.modules:
             session.shutdown()

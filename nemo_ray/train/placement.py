@@ -29,7 +29,9 @@ def _abandoned() -> list[bytes]:
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Group
 
     job = ray.get_runtime_context().get_job_id()
-    groups = [Group.FromString(data) for data in state._connect_and_get_accessor().get_placement_group_table()]
+    groups = [
+        Group.FromString(data) for data in state._connect_and_get_accessor().get_placement_group_table()
+    ]
     return [
         group.placement_group_id
         for group in groups

@@ -159,7 +159,7 @@ def test_a_target_that_matches_nothing(world: World) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("damage", ["garbage", "cut"])
+@pytest.mark.parametrize("damage", ["cut", pytest.param("garbage", marks=pytest.mark.soak)])
 def test_damaged_weights(world: World, damage: str) -> None:
     broken = world.folder / f"base-{damage}"
     shutil.copytree(world.base, broken)

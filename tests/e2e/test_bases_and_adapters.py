@@ -54,6 +54,7 @@ def test_another_rank_than_the_adapters_is_refused_before_ray_starts(world: Worl
     assert "lora_model_dir" in line and "rank" in line and "starting" not in started.output
 
 
+@pytest.mark.soak
 def test_whole_modules_are_trained_and_load_in_plain_peft(world: World) -> None:
     run = world.finished("whole", lora_modules_to_save=["lm_head", "embeddings"], ray={"num_workers": 2})
     assert_loss_falls(run)

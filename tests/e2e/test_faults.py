@@ -93,6 +93,7 @@ def test_checkpoints_become_read_only(world: World, reference: RunDir) -> None:
     assert_same_course(run, reference, rtol=1e-5)
 
 
+@pytest.mark.soak
 def test_sigterm_saves_and_a_resumed_run_ends_equal(world: World, reference: RunDir) -> None:
     run = world.run_dir("terminated")
     started = world.train("terminated", save_steps=100)

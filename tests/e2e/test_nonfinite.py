@@ -54,6 +54,7 @@ def _starts(lengths: list[int]) -> list[int]:
     return [sum(lengths[:index]) for index in range(len(lengths))]
 
 
+@pytest.mark.soak
 def test_too_many_in_a_row_end_the_run(world: World, clean: WorkerSpec) -> None:
     tokens = {step: lonely_token(clean, step, PACK) for step in (2, 3, 4)}
     base = poisoned(world.base, world.folder / "base-three-bad", *tokens.values())

@@ -75,7 +75,13 @@ def test_resumed_on_another_number_of_workers(world: World, reference: RunDir) -
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at_step", [SAVED + 2, SAVED - 2], ids=["after-a-checkpoint", "before-the-first"])
+@pytest.mark.parametrize(
+    "at_step",
+    [
+        pytest.param(SAVED + 2, id="after-a-checkpoint"),
+        pytest.param(SAVED - 2, id="before-the-first", marks=pytest.mark.soak),
+    ],
+)
 def test_a_killed_worker_is_replaced(world: World, reference: RunDir, at_step: int) -> None:
     name = f"worker-killed-at-{at_step}"
     run, started = world.run_dir(name), world.train(name, **TWO_WORKERS)

@@ -236,7 +236,7 @@ def test_patience_that_is_over_at_the_last_step_stops_nothing(runs: Runs, stoppe
         assert facts["stopped_early"] is None and facts["best"] == stopped.read_run()["best"]
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_two_workers_stop_together(runs: Runs, stopped: RunDir) -> None:
     run = runs.run_in_two("two", **{**OVERFITS, "micro_batch_size": 1})
     assert list(losses_by_step(run)) == list(losses_by_step(stopped))

@@ -143,7 +143,7 @@ def test_a_workers_error_is_one_line_and_not_tried_again(run: RunDir, launches: 
     assert run.error_file.read_text().count("PatchError: the self-test failed") == 1
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_an_unknown_error_is_tried_once_more_and_points_to_its_traceback(
     run: RunDir, launches: list[Started]
 ) -> None:
@@ -168,7 +168,9 @@ def test_a_rank_that_hangs_is_told_with_its_stack_and_replaced(run: RunDir, laun
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("behaviour", ["dies when asked", pytest.param("dies at once", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "behaviour", ["dies when asked", pytest.param("dies at once", marks=pytest.mark.soak)]
+)
 def test_a_worker_that_dies_before_ray_asks_for_it_is_replaced(
     behaviour: str, run: RunDir, launches: list[Started]
 ) -> None:
