@@ -61,9 +61,9 @@ class StubPlan(DataPlan):
         self.__dict__.update(state)
         times = int(os.environ.get("STUB_UNPICKLED", "0")) + 1
         os.environ["STUB_UNPICKLED"] = str(times)
-        if os.environ["STUB_BEHAVIOUR"] == "dies when asked" and times == 2 and in_a_worker():
-            if first_time(Path(self.directory).with_name("died")):
-                os.kill(os.getpid(), signal.SIGKILL)
+        dies = os.environ["STUB_BEHAVIOUR"] == "dies when asked" and times == 2 and in_a_worker()
+        if dies and first_time(Path(self.directory).with_name("died")):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def in_a_worker():
