@@ -24,6 +24,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Literal
 
+import pytest
+
+from nemo_ray import object_store
+
 Fault = Literal["500", "503", "403", "reset", "stall", "lost reply"]
 FAULTS: tuple[Fault, ...] = ("500", "503", "reset", "stall", "lost reply")
 _ERRORS = {
@@ -178,6 +182,20 @@ class ObjectStore:
 
     def put(self, bucket: str, key: str, data: bytes) -> None:
         self.client().put_object(Bucket=bucket, Key=key, Body=data)
+
+
+def use(store: ObjectStore, monkeypatch: pytest.MonkeyPatch, stall_s: float = 1.5) -> None:
+    """For one test: this process talks to the store, which serves again, and gives up on it soon."""
+    store.fail_always(None)
+    store.settle()
+    store.stall_s = stall_s
+    for name, value in store.environ().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(object_store, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(object_store, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(object_store, "CLIENT_ATTEMPTS", 1)  # its pauses are long
+    monkeypatch.setattr(object_store, "REQUEST_TIMEOUT_S", 1.0)
+    object_store._connect.cache_clear()
 
 
 class _Proxy(BaseHTTPRequestHandler):

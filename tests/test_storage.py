@@ -15,7 +15,7 @@ import pytest
 from nemo_ray import object_store, storage, urls
 from nemo_ray.errors import StorageError
 from nemo_ray.failures import one_line
-from tests.object_store import FAULTS, Fault, ObjectStore
+from tests.object_store import FAULTS, Fault, ObjectStore, use
 
 LARGE = os.urandom(6 << 20)
 """Written in parts."""
@@ -30,16 +30,7 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    server.fail_always(None)
-    server.settle()
-    server.stall_s = 10.0
-    for name, value in server.environ().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(object_store, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(object_store, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(object_store, "CLIENT_ATTEMPTS", 1)  # its pauses are long
-    monkeypatch.setattr(object_store, "REQUEST_TIMEOUT_S", 1.0)
-    object_store._connect.cache_clear()
+    use(server, monkeypatch, stall_s=10.0)
     return server
 
 

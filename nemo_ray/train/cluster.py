@@ -23,6 +23,7 @@ from nemo_ray.train import run_service
 from nemo_ray.train.driver import Driver
 from nemo_ray.train.driver_lock import only_while_held
 from nemo_ray.train.lost import Failure, find_out
+from nemo_ray.train.placement import free_abandoned_groups
 from nemo_ray.train.processes import Look, look
 from nemo_ray.train.remote_run import connect
 from nemo_ray.train.resources import Demand
@@ -65,6 +66,7 @@ def fit(
             if start == CONTROLLER_FAILURES or not died:
                 raise
             run.append_failure({"line": one_line(error), "restart": True})
+            free_abandoned_groups()
     raise AssertionError("the last start returns or raises")
 
 

@@ -45,6 +45,7 @@ from nemo_ray.train.trackers.setup import check_trackers, variables_to_pass_on
 
 _POLL_S = 0.2
 _END_AFTER_DATA_FAILED_S = 120.0
+_DATA_ENDS_WITHIN_S = 5.0
 
 
 def prepare_data(
@@ -130,6 +131,7 @@ class Launch:
         self.lock = driver_lock(self.run_dir, self.job_id, self.say)
         self.environment = session.Environment()
         self.stop_data = threading.Event()
+        self.data: Background | None = None
         self.interrupts = Interrupts(lambda: self._end(INTERRUPTED))
         self.started_s = time.monotonic()
         self.begun = self.stopped = False
@@ -254,7 +256,9 @@ class Launch:
         """Prepare data and train; returns when the workers ended well, or after a signal."""
         config, run = self.config, self.run_dir
         with ProgressDisplay(self.console, run, live=self.console.is_terminal) as display:
-            data = Background("data", lambda: self.parts.prepare(plan, config, self.stop_data, display.data))
+            data = self.data = Background(
+                "data", lambda: self.parts.prepare(plan, config, self.stop_data, display.data)
+            )
             if not beside:
                 display.stage("preparing data")
                 display.say("note: the workers take all CPUs, so all data is prepared before they start")
@@ -330,6 +334,10 @@ class Launch:
         if not self._ending.acquire(blocking=False):
             return
         self.stop_data.set()
+        if (
+            self.data is not None
+        ):  # Ray 2.60 ends the process, with code 1, in which a thread still asks for it
+            self.data.wait(_DATA_ENDS_WITHIN_S)
         if "ray" in sys.modules:
             session.shutdown()
         self.environment.restore()

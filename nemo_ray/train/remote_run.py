@@ -7,7 +7,6 @@ import contextlib
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,6 @@ from nemo_ray.stored_run import PUSH_EVERY_S, RESULT_CONFIGS, FolderCopy, workin
 _AT_ONCE_BYTES = 16 * 2**20
 Call = Callable[..., Any]
 """(name of a method of the actor, *arguments) -> its answer."""
-
-
-@dataclass(frozen=True)
-class RemoteAttempt(Attempt):
-    """A start whose right to write is checked on the driver's node, with each call."""
-
-    def check(self) -> None:
-        raise NotImplementedError("asked of the run")
 
 
 class RemoteRunDir(RunDir):
@@ -52,7 +43,7 @@ class RemoteRunDir(RunDir):
         """On rank 0. The trackers' files of earlier starts may be of any age: they are made anew."""
         for folder in (self.tensorboard_dir, self.wandb_dir, self._results_dir):
             shutil.rmtree(folder, ignore_errors=True)
-        self.attempt = RemoteAttempt((self.path,), self._call("begin_attempt"))
+        self.attempt = Attempt((), self._call("begin_attempt"))  # its places are on the driver's node
         return self.attempt
 
     def check_attempt(self) -> None:

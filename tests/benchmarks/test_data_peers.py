@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.e2e
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.timeout(170)
 def test_all_three_prepare_the_same_chats(tmp_path: Path) -> None:
     out = tmp_path / "out.json"

@@ -246,7 +246,7 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(
 
 
 @pytest.mark.e2e
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.timeout(120)
 def test_a_second_ctrl_c_ends_at_once(many_rows: Path, commands: list[Command]) -> None:
     command = start(commands, many_rows)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_ray import object_store
 from nemo_ray.config.schema import DataSection
 from nemo_ray.data import shard_cache, sources, waiting
 from nemo_ray.data.encode import Sample
@@ -24,7 +23,7 @@ from nemo_ray.data.statistics import data_statistics
 from nemo_ray.errors import DataError
 from nemo_ray.storage import exists, publish_json, remove
 from tests.data.helpers import chats, prepare_all, section, write_lines
-from tests.object_store import ObjectStore
+from tests.object_store import ObjectStore, use
 
 PREPARED = "s3://bucket/prepared"
 
@@ -38,21 +37,12 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def store(server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    server.fail_always(None)
-    server.settle()
-    server.stall_s = 1.5
+    use(server, monkeypatch)
     for key in server.objects("bucket"):
         server.client().delete_object(Bucket="bucket", Key=key)
-    for name, value in server.environ().items():
-        monkeypatch.setenv(name, value)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(sources, "PACKS_PER_WINDOW", 16)
-    monkeypatch.setattr(object_store, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(object_store, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(object_store, "CLIENT_ATTEMPTS", 1)
-    monkeypatch.setattr(object_store, "REQUEST_TIMEOUT_S", 1.0)
-    object_store._connect.cache_clear()
     return server
 
 

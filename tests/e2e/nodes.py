@@ -37,14 +37,14 @@ class Nodes:
         self._folder = folder
         self.environment = {**ENVIRONMENT, **(_ALONE if alone else {}), **environment}
         # Paths of sockets are limited to 107 characters.
-        self._short = tempfile.mkdtemp(prefix="nr-", dir="/tmp")
+        self.temp_dir = tempfile.mkdtemp(prefix="nr-", dir="/tmp")
         self._ports = iter(_free_ports(40))
         gcs, dashboard, client = (next(self._ports) for _ in range(3))
         self.address, self.dashboard = f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}"
         self.commands: list[Command] = []
         self.head = self._start(
             *("--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--ray-client-server-port={client}"),
-            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={self._short}"),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={self.temp_dir}"),
             *(f"--num-cpus={num_cpus}", f"--resources={resources}"),
         )
         self.head.wait_until(lambda: _answers(f"{self.dashboard}/api/jobs/"), _START_WITHIN_S)
@@ -81,7 +81,7 @@ class Nodes:
         """End all nodes that are left."""
         for command in reversed(self.commands):
             command.kill_tree()
-        shutil.rmtree(self._short, ignore_errors=True)
+        shutil.rmtree(self.temp_dir, ignore_errors=True)
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_a_few_bad_rows_are_counted_and_listed(world: World, reference: RunDir) 
     assert re.search(r"^data: .*\d+ documents cut to sequence_len", output, re.MULTILINE), output
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_unmarked_templates_and_dropped_rows_are_told(world: World) -> None:
     marked = (world.base / "chat_template.jinja").read_text()
     unmarked, num_marks = re.subn(r"\{%-?\s*(end)?generation\s*-?%\}", "", marked)
@@ -159,7 +159,7 @@ def test_a_target_that_matches_nothing(world: World) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("damage", ["garbage", "cut"])
+@pytest.mark.parametrize("damage", ["cut", pytest.param("garbage", marks=pytest.mark.soak)])
 def test_damaged_weights(world: World, damage: str) -> None:
     broken = world.folder / f"base-{damage}"
     shutil.copytree(world.base, broken)

@@ -23,7 +23,7 @@ from tests.e2e.restored import (
 from tests.e2e.world import World
 from tests.hub_server import HubServer
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def test_a_hub_id_trains_as_its_folder_does(world: World, reference: RunDir) -> None:
@@ -54,6 +54,7 @@ def test_another_rank_than_the_adapters_is_refused_before_ray_starts(world: Worl
     assert "lora_model_dir" in line and "rank" in line and "starting" not in started.output
 
 
+@pytest.mark.soak
 def test_whole_modules_are_trained_and_load_in_plain_peft(world: World) -> None:
     run = world.finished("whole", lora_modules_to_save=["lm_head", "embeddings"], ray={"num_workers": 2})
     assert_loss_falls(run)
@@ -68,7 +69,7 @@ def test_whole_modules_are_trained_and_load_in_plain_peft(world: World) -> None:
     assert difference(ours, theirs) < LOGITS_TOLERANCE
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_full_fine_tune_computes_in_bf16_over_float32_masters(world: World) -> None:
     names = ("lora_target_modules", "lora_target_parameters", "lora_r", "lora_alpha", "lora_dropout")
     keys = {"adapter": "none", **dict.fromkeys(names), "learning_rate": 3e-3, "ray": {"num_workers": 2}}

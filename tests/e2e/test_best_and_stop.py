@@ -15,7 +15,7 @@ from tests.e2e.compare import assert_same_adapter, assert_same_course, eval_rows
 from tests.e2e.world import ASSETS, World, first_lines, write_lines
 from tests.train.tracker_readers import Points, mlflow_points, tensorboard_points, wandb_points
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def settings(world: World) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def test_trackers_show_metrics_jsonl(world: World, stopped: RunDir) -> None:
     assert stopped.read_run()["notices"] == []
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_killed_and_resumed_stops_at_the_same_step(world: World, stopped: RunDir) -> None:
     """SIGKILL between the best evaluation and the stop."""
     best = stopped.read_run()["best"]["step"]
@@ -144,8 +144,8 @@ def test_killed_and_resumed_stops_at_the_same_step(world: World, stopped: RunDir
 
 def test_a_metric_that_is_not_evaluated_is_refused(world: World) -> None:
     changes = {**settings(world), "metric_for_best_model": "eval_loss/texts"}
-    config = world.write_yaml(output_dir=str(world.run_dir("refused").path), **changes)
+    config = world.write_yaml(output_dir=str(world.run_dir("no-such-metric").path), **changes)
     started = world.command(*TRAIN, str(config))
     assert started.end() == 2
     (line,) = started.errors
-    assert "eval_loss/held-out-texts" in line and not world.run_dir("refused").path.exists()
+    assert "eval_loss/held-out-texts" in line and not world.run_dir("no-such-metric").path.exists()

@@ -51,6 +51,7 @@ def world_windows(run: RunDir) -> int:
     return len(plan.windows) + len(plan.eval_windows)
 
 
+@pytest.mark.soak
 def test_without_a_cpu_to_spare_preparing_finishes_first(world: World) -> None:
     run, prepared = world.run_dir("before"), world.folder / "prepared-before"
     config = world.write_yaml(

@@ -21,14 +21,16 @@ REST: dict[str, dict[str, Any]] = {
         "dp_shard_size": 2,
         "dp_replicate_size": 2,
     },
-    "two-copies": {"ray": {"num_workers": 2}, "micro_batch_size": 2, "dp_replicate_size": 2},
-    "accumulation-4": {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
     "two-workers-accumulation-2": {
         "ray": {"num_workers": 2},
         "micro_batch_size": 1,
         "gradient_accumulation_steps": 2,
         "gradient_checkpointing": True,
     },
+}
+PARTS_OF_THOSE: dict[str, dict[str, Any]] = {
+    "two-copies": {"ray": {"num_workers": 2}, "micro_batch_size": 2, "dp_replicate_size": 2},
+    "accumulation-4": {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
 }
 
 
@@ -37,6 +39,7 @@ REST: dict[str, dict[str, Any]] = {
     [
         *SAMPLED.items(),
         *(pytest.param(*case, marks=pytest.mark.long) for case in REST.items()),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in PARTS_OF_THOSE.items()),
     ],
     ids=lambda item: item if isinstance(item, str) else "",
 )
@@ -49,14 +52,14 @@ def test_the_same_curve_however_a_step_is_split(
     assert_same_adapter(run, reference)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_the_same_yaml_and_seed_twice(world: World, reference: RunDir) -> None:
     again = world.finished("again")
     assert_same_course(again, reference, rtol=1e-5)
     assert_same_adapter(again, reference, tolerance=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_another_seed_is_another_run(world: World, reference: RunDir) -> None:
     """What the comparisons would find, if it were there."""
     other = world.finished("other-seed", seed=8)

@@ -27,7 +27,7 @@ from tests.e2e.restored import (
 )
 from tests.e2e.world import DEMO_BASE, World
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
 QUICKSTART_TARGETS = "q_proj, k_proj, v_proj, o_proj, in_proj"
 
@@ -82,7 +82,7 @@ def test_the_quickstarts_adapter_in_plain_peft(world: World) -> None:
         assert_peft_agrees(run)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_an_adapter_on_out_proj_in_plain_peft(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     run = quickstart(world, "out-proj", f"lora_target_modules=[{QUICKSTART_TARGETS}, out_proj]")
     loading, lifting = python_blocks(run.adapter_dir / "README.md")
@@ -152,7 +152,7 @@ def test_a_full_fine_tune_moves_every_parameter(full: RunDir) -> None:
     assert not same
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.parametrize("extra", [{}, {"gradient_accumulation_steps": 2, "micro_batch_size": 1}])
 def test_a_full_fine_tune_on_two_workers_is_the_same(
     world: World, full: RunDir, extra: dict[str, int]

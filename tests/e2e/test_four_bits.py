@@ -12,7 +12,7 @@ from nemo_ray.run_dir import RunDir
 from tests.e2e.compare import assert_loss_falls, assert_same_course, train_rows
 from tests.e2e.world import World
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
 QLORA = {
     "adapter": "qlora",
@@ -46,6 +46,7 @@ def test_it_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(world: World, q
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in wanted], rel=1e-5)
 
 
+@pytest.mark.soak
 def test_8_bit_states_of_two_workers_are_refused_by_one(world: World, qlora: RunDir) -> None:
     changed = {**QLORA, "ray": {"num_workers": 1}, "micro_batch_size": 4}
     started = world.train("qlora-on-one", f"resume_from_checkpoint={qlora.newest_checkpoint()}", **changed)
@@ -81,7 +82,7 @@ def test_run_json_says_how_it_was_held(qlora: RunDir) -> None:
     assert facts["model"]["total"] > facts["model"]["trainable"] > 0
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_one_worker_gives_the_same_curve(world: World, qlora: RunDir) -> None:
     """The bytes of a 4-bit base do not depend on who holds them; float32 states make the rest comparable."""
     keys = {**QLORA, "optimizer": "adamw_torch"}

@@ -12,7 +12,7 @@ from tests.e2e.compare import assert_same_adapter, assert_same_course
 from tests.e2e.test_resume import SAVED, TWO_WORKERS, wait_for_step
 from tests.e2e.world import World
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.soak, pytest.mark.timeout(900)]
 
 
 def test_a_frozen_worker_is_told_with_its_stack_and_replaced(world: World, reference: RunDir) -> None:

@@ -34,7 +34,7 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_equal(world: World, reference: RunD
     assert_same_adapter(run, reference)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_second_ctrl_c_ends_at_once(world: World) -> None:
     run = world.run_dir("interrupted-twice")
     # Each step takes seconds: the first signal cannot have been served when the second one comes.

@@ -11,7 +11,7 @@ from tests.e2e.compare import assert_each_step_once, train_rows
 from tests.e2e.nodes import BIN, Nodes, nodes
 from tests.e2e.world import World
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

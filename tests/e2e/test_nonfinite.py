@@ -17,7 +17,7 @@ from tests.e2e.test_bad_input import refused
 from tests.e2e.world import World
 from tests.train.poison import lonely_token, packs_by_step, poisoned
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
 
 SHORT: dict[str, Any] = {"max_steps": 6, "eval_steps": None, "save_steps": None, "completion_prompts": []}
 PACK = 1  # of two workers' packs, one of the second's
@@ -54,6 +54,7 @@ def _starts(lengths: list[int]) -> list[int]:
     return [sum(lengths[:index]) for index in range(len(lengths))]
 
 
+@pytest.mark.soak
 def test_too_many_in_a_row_end_the_run(world: World, clean: WorkerSpec) -> None:
     tokens = {step: lonely_token(clean, step, PACK) for step in (2, 3, 4)}
     base = poisoned(world.base, world.folder / "base-three-bad", *tokens.values())
@@ -79,7 +80,6 @@ def test_too_many_in_a_row_end_the_run(world: World, clean: WorkerSpec) -> None:
         assert_holds(packs[PACK], token)
 
 
-@pytest.mark.long
 def test_a_bad_row_of_one_worker_costs_one_step(world: World, clean: WorkerSpec) -> None:
     token = lonely_token(clean, 3, PACK)
     base = poisoned(world.base, world.folder / "base-one-bad", token)

@@ -77,6 +77,7 @@ def test_a_failing_store_and_a_damaged_shard_change_nothing(
     assert store.objects(bucket) == whole
 
 
+@pytest.mark.soak
 def test_a_store_that_is_away_for_20_s_is_waited_for(
     world: World, reference: RunDir, store: ObjectStore
 ) -> None:

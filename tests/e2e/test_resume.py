@@ -75,7 +75,13 @@ def test_resumed_on_another_number_of_workers(world: World, reference: RunDir) -
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("at_step", [SAVED + 2, SAVED - 2], ids=["after-a-checkpoint", "before-the-first"])
+@pytest.mark.parametrize(
+    "at_step",
+    [
+        pytest.param(SAVED + 2, id="after-a-checkpoint"),
+        pytest.param(SAVED - 2, id="before-the-first", marks=pytest.mark.soak),
+    ],
+)
 def test_a_killed_worker_is_replaced(world: World, reference: RunDir, at_step: int) -> None:
     name = f"worker-killed-at-{at_step}"
     run, started = world.run_dir(name), world.train(name, **TWO_WORKERS)
@@ -95,7 +101,7 @@ def test_a_killed_worker_is_replaced(world: World, reference: RunDir, at_step: i
     assert_same_adapter(run, reference)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_killed_twice(world: World, reference: RunDir) -> None:
     """Also in the run that resumes, before and after a checkpoint of its own."""
     run = killed_after_a_checkpoint(world, "killed-twice")
@@ -118,7 +124,7 @@ def test_resuming_a_finished_run_changes_nothing(world: World, reference: RunDir
     assert_same_adapter(run, reference, tolerance=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_an_earlier_checkpoint_by_its_path(world: World, reference: RunDir) -> None:
     """Later checkpoints of the same run are set aside, and the course is the same again."""
     run = world.finished("from-path")

@@ -90,6 +90,7 @@ def test_killed_with_its_machine_and_continued_on_another(
     assert any(request.fault for request in store.requests)
 
 
+@pytest.mark.soak
 def test_interrupted_and_continued_and_replaced(
     world: World, reference: RunDir, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

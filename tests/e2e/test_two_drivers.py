@@ -63,6 +63,7 @@ def test_a_second_command_is_refused_until_the_first_is_dead(world: World, refer
     assert not (run.path / FILE_NAME).exists()
 
 
+@pytest.mark.soak
 def test_the_first_command_ends_as_if_no_second_had_come(world: World, reference: RunDir) -> None:
     run = world.run_dir("undisturbed")
     first = world.train("undisturbed")

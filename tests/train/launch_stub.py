@@ -4,8 +4,10 @@ Used as `python launch_stub.py BEHAVIOUR OUTPUT_DIR [key=value ...]`.
 It is a script, so that its functions travel to Ray's workers by value.
 """
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -54,6 +56,30 @@ class StubPlan(DataPlan):
     def estimated_tokens(self, windows):
         return 100.0
 
+    def __setstate__(self, state):
+        """Ray 2.60 unpickles it in a worker twice: the second time when it hands it its function."""
+        self.__dict__.update(state)
+        times = int(os.environ.get("STUB_UNPICKLED", "0")) + 1
+        os.environ["STUB_UNPICKLED"] = str(times)
+        dies = os.environ["STUB_BEHAVIOUR"] == "dies when asked" and times == 2 and in_a_worker()
+        if dies and first_time(Path(self.directory).with_name("died")):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_a_worker():
+    """Rather than in Ray Train's controller, which reserves nothing."""
+    import ray
+
+    return "CPU" in ray.get_runtime_context().get_assigned_resources()
+
+
+def first_time(mark: Path) -> bool:
+    """Whether no process was here before."""
+    with contextlib.suppress(FileExistsError):
+        mark.touch(exist_ok=False)
+        return True
+    return False
+
 
 def prepare(plan, config, stop, progress):
     progress(0, 1)
@@ -66,8 +92,6 @@ def prepare(plan, config, stop, progress):
 
 def worker(loop_config):
     """Counts steps until it is told to stop, or fails as BEHAVIOUR says."""
-    import signal
-
     import ray.train
     import torch.distributed as dist
 
@@ -77,8 +101,7 @@ def worker(loop_config):
     run = RunDir(loop_config["output_dir"])
     behaviour = os.environ["STUB_BEHAVIOUR"]
     rank = ray.train.get_context().get_world_rank()
-    if behaviour == "dies at once" and rank == 1 and not (run.path / "died").exists():
-        (run.path / "died").touch()
+    if behaviour == "dies at once" and rank == 1 and first_time(run.path / "died"):
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
     if behaviour == "hangs":
@@ -94,7 +117,7 @@ def worker(loop_config):
     if first:
         run.update_run({"model": {"total": 1000, "trainable": 10}})
         run.append_metrics({"step": 0, "eval_loss": 4.0})
-    steps = 20 if behaviour in ("finish", "dies at once") else NUM_STEPS
+    steps = 20 if behaviour in ("finish", "dies at once", "dies when asked") else NUM_STEPS
     for step in range(1, steps + 1):
         time.sleep(0.02)
         if first:
@@ -143,7 +166,7 @@ def hang_once(loop_config, run, rank):
             watchdog.wait()
             dist.barrier()
     if rank == 0:
-        run.append_metrics({"step": 4, "loss": 3.0})
+        run.append_metrics({"step": 4, "loss": 3.0, "nonfinite_steps": 0})
         run.adapter_dir.mkdir()
         run.write_progress({"phase": "done", "step": 4})
     return {"step": 4, "stopped": False}

@@ -18,7 +18,7 @@ from nemo_ray.storage import join, publish_json, read_json
 from nemo_ray.train import checkpoint_files
 from nemo_ray.train.checkpoint_files import STATE_NAME, Reader, Writer, damage
 from tests.group import group_of_one, run_in_group
-from tests.object_store import ObjectStore, Request
+from tests.object_store import ObjectStore, Request, use
 
 LIMIT_S = 60.0
 
@@ -32,17 +32,8 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
-    server.fail_always(None)
-    server.settle()
-    server.stall_s = 1.5
-    for name, value in server.environ().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(object_store, "FIRST_PAUSE_S", 0.01)
+    use(server, monkeypatch)
     monkeypatch.setattr(object_store, "LONGEST_PAUSE_S", 0.05)
-    monkeypatch.setattr(object_store, "PATIENCE_S", 0.0)
-    monkeypatch.setattr(object_store, "CLIENT_ATTEMPTS", 1)
-    monkeypatch.setattr(object_store, "REQUEST_TIMEOUT_S", 1.0)
-    object_store._connect.cache_clear()
     return server
 
 

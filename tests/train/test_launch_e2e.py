@@ -80,6 +80,7 @@ def errors(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("error:")]
 
 
+@pytest.mark.soak
 def test_a_run_to_its_end(run: RunDir, launches: list[Started]) -> None:
     launch = start(launches, "finish", run)
     assert launch.end() == 0, launch.output
@@ -112,6 +113,7 @@ def test_ctrl_c_saves_a_checkpoint(run: RunDir, launches: list[Started]) -> None
     assert run.read_run()["outcome"] == "stopped" and not run.stop_requested()
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_ends_at_once(run: RunDir, launches: list[Started]) -> None:
     launch = start(launches, "deaf", run)
     launch.wait_for("tokens/s")
@@ -123,6 +125,7 @@ def test_a_second_ctrl_c_ends_at_once(run: RunDir, launches: list[Started]) -> N
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.long
 def test_sigterm_before_training_ends_cleanly(run: RunDir, launches: list[Started]) -> None:
     launch = start(launches, "steps", run)
     launch.wait_for("starting 2 workers")
@@ -140,7 +143,7 @@ def test_a_workers_error_is_one_line_and_not_tried_again(run: RunDir, launches: 
     assert run.error_file.read_text().count("PatchError: the self-test failed") == 1
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_an_unknown_error_is_tried_once_more_and_points_to_its_traceback(
     run: RunDir, launches: list[Started]
 ) -> None:
@@ -165,13 +168,18 @@ def test_a_rank_that_hangs_is_told_with_its_stack_and_replaced(run: RunDir, laun
 
 @pytest.mark.long
 @pytest.mark.timeout(300)
-def test_a_worker_that_dies_before_ray_asks_for_it_is_replaced(run: RunDir, launches: list[Started]) -> None:
-    launch = start(launches, "dies at once", run)
+@pytest.mark.parametrize(
+    "behaviour", ["dies when asked", pytest.param("dies at once", marks=pytest.mark.soak)]
+)
+def test_a_worker_that_dies_before_ray_asks_for_it_is_replaced(
+    behaviour: str, run: RunDir, launches: list[Started]
+) -> None:
+    launch = start(launches, behaviour, run)
     assert launch.end(240) == 0, launch.output
     assert launch.output.count("starting again from the beginning") == 1 and not errors(launch.output)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_failures_without_a_checkpoint_end_the_run(run: RunDir, launches: list[Started]) -> None:
     launch = start(launches, "dies", run, "ray.max_failures=1")

@@ -141,12 +141,17 @@ def compare_layouts(rank: int, folder: str, name: str) -> None:
 
 
 SAMPLED = "lora"
+RARE = ("lora on few", "8-bit states")
+
+
+def marked(name):
+    if name == SAMPLED:
+        return name
+    return pytest.param(name, marks=pytest.mark.soak if name in RARE else pytest.mark.long)
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(
-    "name", [name if name == SAMPLED else pytest.param(name, marks=pytest.mark.long) for name in CASES]
-)
+@pytest.mark.parametrize("name", [marked(name) for name in CASES])
 def test_four_processes_equal_one(tmp_path, name):
     base = tmp_path / "base"
     tiny_config(latent=32).save_pretrained(base)

@@ -22,7 +22,7 @@ from nemo_ray.errors import ConfigError, NemoRayError
 from nemo_ray.train import store_lock
 from nemo_ray.train.driver import UNREADABLE, Driver, this_driver
 from nemo_ray.train.store_lock import StoreLock, read_holder
-from tests.object_store import ObjectStore
+from tests.object_store import ObjectStore, use
 
 LIMIT_S = 60.0
 BEAT_S, WATCH_S, SETTLE_S = 0.3, 1.5, 0.4
@@ -56,13 +56,10 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    for name, value in server.environ().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(object_store, "FIRST_PAUSE_S", 0.01)
+    patience_s = object_store.PATIENCE_S
+    use(server, monkeypatch, stall_s=server.stall_s)
+    monkeypatch.setattr(object_store, "PATIENCE_S", patience_s)  # a lock outlives a store that is away
     monkeypatch.setattr(object_store, "LONGEST_PAUSE_S", 0.05)
-    monkeypatch.setattr(object_store, "CLIENT_ATTEMPTS", 1)  # its pauses are long
-    monkeypatch.setattr(object_store, "REQUEST_TIMEOUT_S", 1.0)
-    object_store._connect.cache_clear()
     yield server
     server.fail_always(None)
     server.settle()
