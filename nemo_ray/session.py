@@ -22,8 +22,8 @@ CONNECT_WITHIN_S = 20.0
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """In which Ray 2.60 hands the metadata and runtime_env of a submitted job to its driver."""
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
-# What Ray 2.60 does otherwise:
-_ENVIRONMENT = {
+# What Ray 2.60 does otherwise, in a process that reads it:
+SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # each report waits for the controller's poll, every 2 s
     # A stopped process is waited for, 10 minutes. A minute is enough for what holds the interpreter's lock
     # rightly (an import from a cold network disk), and for what Ray notices by itself (a dead node, in 30 s).
@@ -65,7 +65,7 @@ def start_local(num_cpus: int, environment: Environment, include_dashboard: bool
     Must run in the main thread: the kernel ends Ray's processes with the thread that started them.
     Without a dashboard a trial that Tune stops leaks its placement group (Ray 2.60); a single run has none.
     """
-    environment.add(_ENVIRONMENT)
+    environment.add(SETTINGS)
     # Ray 2.60 listens on loopback only where it is told not to be part of a cluster (_node_ip_address is not
     # enough), under the name that this has on desktop systems.
     environment.add({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
@@ -102,7 +102,7 @@ def connect(address: str, environment: Environment, variables: Mapping[str, str]
             "--address=http://HOST:8265 -- python -m nemo_ray.train CONFIG.yaml`, or give HOST:PORT on a "
             "node of the cluster"
         )
-    environment.add(_ENVIRONMENT)
+    environment.add(SETTINGS)
     until = time.monotonic() + CONNECT_WITHIN_S
     if address != "auto":
         _check_reachable(address, where)

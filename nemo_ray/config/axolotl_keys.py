@@ -231,7 +231,7 @@ FOREIGN: tuple[Foreign, ...] = (
         "stopping by the training loss is not supported; remove the key (early_stopping_patience stops by "
         "the held-out loss)",
     ),
-    refuse("tune", "sweeps are not supported yet; remove the section"),
+    refuse("tune", "this is a sweep; start it with python -m nemo_ray.tune, or remove the section"),
     # Reports and files.
     notice(
         "wandb_watch wandb_log_model hf_mlflow_log_artifacts",

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nemo_ray.config.kinds import Bool, Kind, Metric, NonNegative, Positive, PositiveInt, Seed, Text
+from nemo_ray.config.kinds import Bool, Kind, Metric, Positive, PositiveInt, Seed, Text
 from nemo_ray.config.schema import Section
 
 Parameters = Annotated[
@@ -29,13 +29,14 @@ class TuneSection(Section):
         description="How many trials. A grid that has more points is refused.",
         json_schema_extra={"default_text": "the grid's points; 10 otherwise"},
     )
-    search: Literal["grid", "random", "optuna"] = Field(
+    search: Literal["grid", "random"] = Field(
         "random",
-        description="`grid`: every combination of the lists. `random`: distinct points drawn from `seed`. "
-        "`optuna`: points chosen by TPE from the results so far.",
+        description="`grid`: every combination of the lists. `random`: distinct points drawn from `seed`.",
     )
-    scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = Field(
-        "asha", description="Which trials are stopped before their end."
+    scheduler: Literal["none", "asha"] = Field(
+        "asha",
+        description="`asha`: at the 1st, 3rd, 9th, ... evaluation a trial goes on if it is among the best "
+        "third of those that got there. `none`: every trial trains to its end.",
     )
     seed: Seed = Field(0, description="Of the search.")
     max_concurrent: PositiveInt | None = Field(
@@ -43,12 +44,12 @@ class TuneSection(Section):
         description="Trials that run at a time.",
         json_schema_extra={"default_text": "as many as the cluster has room for"},
     )
-    max_hours: Positive | None = Field(None, description="No trial begins, and all stop, after so long.")
-    max_tokens: PositiveInt | None = Field(None, description="The same after so many tokens of all trials.")
-    max_cost: Positive | None = Field(
-        None, description="The same after so much money, by `price_per_gpu_hour`."
+    max_hours: Positive | None = Field(
+        None, description="After so long no trial begins any more, and those that run save and end."
     )
-    price_per_gpu_hour: NonNegative | None = Field(None, description="Of one GPU of a worker, for an hour.")
+    max_tokens: PositiveInt | None = Field(
+        None, description="The same after so many tokens of all trials together."
+    )
     keep_pruned_checkpoints: Bool = Field(
         False, description="Keep the checkpoints of trials that were stopped before their end."
     )

@@ -35,6 +35,7 @@ from nemo_ray.run_dir import RunDir
 from nemo_ray.stored_run import StoredRunDir, open_run
 from nemo_ray.targets import expert_paths, find_targets, linear_paths, read_shape
 from nemo_ray.train import cluster, outputs, resources, summary
+from nemo_ray.train.background import Background
 from nemo_ray.train.best import check_metric
 from nemo_ray.train.driver_lock import DriverLock
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
@@ -94,28 +95,6 @@ class Parts:
 def run(loaded: LoadedConfig) -> int:
     """Train as configured; returns the exit code: 0, 1 failed, 2 refused, 130 stopped by a signal."""
     return Launch(loaded, Parts()).run()
-
-
-class Background:
-    """A function in a thread of its own, its result or its error."""
-
-    def __init__(self, name: str, function: Callable[[], Any]) -> None:
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self._function = function
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self.result = self._function()
-        except BaseException as error:
-            self.error = error
-
-    def wait(self, seconds: float) -> bool:
-        """Whether it has ended, after at most `seconds`."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
 
 
 class Launch:

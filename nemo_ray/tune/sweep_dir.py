@@ -1,0 +1,115 @@
+"""The directory of one sweep: its names, its writer and its reader.
+
+    sweep.json             the tune section, the configuration that all trials share, how the sweep ended
+    trials/NNN/            a run directory for each trial; trial.json in it: its point, how it ended
+    best/                  the best trial's adapter or model, and config.yaml, which trains it again
+    prepared/              shards that all trials share, where no dataset_prepared_path is given
+
+Everything lies on one file system that the driver and all nodes share.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_ray.run_dir import PREPARED_NAME, RunDir
+from nemo_ray.storage import publish_json, read_json, remove_tree
+
+TRIALS_NAME = "trials"
+SWEEP_NAME = "sweep.json"
+TRIAL_NAME = "trial.json"
+BEST_NAME = "best"
+CONFIG_NAME = "config.yaml"
+
+
+def trial_name(number: int) -> str:
+    """Of a trial's folder."""
+    return f"{number:03d}"
+
+
+@dataclass(frozen=True)
+class TrialEnd:
+    """How a trial ended. What it trained beyond `evaluation` does not count."""
+
+    number: int
+    status: str
+    """finished, stopped (by the scheduler) or failed."""
+    evaluation: int
+    """The one that it is judged by, counted from 1; 0 where there was none."""
+    value: float | None
+    step: int
+    reason: str = ""
+    rung: int | None = None
+    """Index among the scheduler's rungs, of a trial that was stopped."""
+
+
+class SweepDir:
+    """Paths and small files of a sweep. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.sweep_json = self.path / SWEEP_NAME
+        self.trials_dir = self.path / TRIALS_NAME
+        self.best_dir = self.path / BEST_NAME
+        self.ray_dir = self.path / ".ray"
+
+    def trial(self, number: int) -> RunDir:
+        """The run directory of a trial."""
+        return RunDir(self.trials_dir / trial_name(number))
+
+    def holds_sweep(self) -> bool:
+        """Whether a sweep lives here."""
+        return self.sweep_json.exists()
+
+    def foreign_entries(self) -> list[str]:
+        """Names in a folder without a sweep that neither a sweep's preparation nor a system puts there."""
+        if not self.path.is_dir():
+            return []
+        known = {PREPARED_NAME, "rejected.jsonl", "data.html"}
+        return sorted(name for name in os.listdir(self.path) if name not in known and name[0] != ".")
+
+    def read(self) -> dict[str, Any]:
+        """sweep.json."""
+        return dict(read_json(self.sweep_json))
+
+    def write(self, facts: Mapping[str, Any]) -> None:
+        """Write sweep.json, replacing what was there."""
+        publish_json(self.sweep_json, dict(facts))
+
+    def clear(self) -> None:
+        """Remove the sweep, sweep.json last; prepared shards stay."""
+        for folder in (self.trials_dir, self.best_dir, self.ray_dir):
+            if folder.exists():
+                remove_tree(folder)
+        self.sweep_json.unlink(missing_ok=True)
+
+    def read_end(self, number: int) -> TrialEnd | None:
+        """How a trial ended; None while it has not."""
+        try:
+            return TrialEnd(**read_json(self.trial(number).path / TRIAL_NAME))
+        except FileNotFoundError:
+            return None
+
+    def write_end(self, end: TrialEnd) -> None:
+        """Record how a trial ended."""
+        value = None if end.value is None or math.isnan(end.value) else end.value
+        publish_json(self.trial(end.number).path / TRIAL_NAME, {**asdict(end), "value": value})
+
+    def publish_best(self, number: int, config: Mapping[str, Any]) -> Path:
+        """Copy the result of a trial to best/, with the configuration that trains it; returns best/."""
+        run = self.trial(number)
+        result = run.adapter_dir if run.adapter_dir.exists() else run.model_dir
+        aside = self.path / f".{BEST_NAME}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(result, aside)
+        (aside / CONFIG_NAME).write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+        if self.best_dir.exists():
+            remove_tree(self.best_dir)
+        aside.rename(self.best_dir)
+        return self.best_dir
