@@ -34,14 +34,14 @@ from nemo_ray.train.driver_lock import DriverLock
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.launch import check_nodes, prepare_data
-from nemo_ray.tune import runner
 from nemo_ray.tune.course import Course
 from nemo_ray.tune.sweep import Sweep, Trial
 from nemo_ray.tune.sweep_dir import CONFIG_NAME, SweepDir, trial_name
 from nemo_ray.tune.table import SweepDisplay, describe, table
-from nemo_ray.tune.trial import STOPPED, Shared
+from nemo_ray.tune.trial import DRIVER_CPUS, STOPPED, Shared
 
 _POLL_S = 0.3
+_LOG_WIDTH = 160
 BY_SIGNAL = "stopped"
 
 
@@ -61,7 +61,7 @@ class SweepLaunch:
             raise ConfigError(f"output_dir: {base.output_dir}: a sweep is kept in a folder; give one")
         self.config = base
         self.folder = SweepDir(base.output_dir)
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
         self.errors = Console(stderr=True, highlight=False)
         self.lock = DriverLock(self.folder.path, self.job_id, self.say)
         self.environment = session.Environment()
@@ -110,23 +110,27 @@ class SweepLaunch:
                 "tune.metric: no rows are held out to evaluate; set val_set_size or test_datasets"
             )
         check_metric(metric, plan)
+        trials = {trial.number: self._trial_config(trial) for trial in self.sweep.trials}
+        points = {trial.number: trial.point for trial in self.sweep.trials}
+        course = Course(self.folder, trials, section.metric, section.mode, section.scheduler == "asha")
+        if self.resume:
+            course.restore()
+            if not course.left():
+                self.say("all trials are done")
+                return self._conclude(course, points, earlier_s)
         wanted, at_once = self._enter_ray(address)
         self.interrupts.collect()
-        self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.lock.check()
         if not self.resume:
             self.folder.clear()
         self.folder.write(self._facts(plan, earlier_s))
         self.begun = True
-        trials = {trial.number: self._trial_config(trial) for trial in self.sweep.trials}
-        points = {trial.number: trial.point for trial in self.sweep.trials}
-        course = Course(self.folder, trials, section.metric, section.mode, section.scheduler == "asha")
-        course.restore()
         where = f"the Ray cluster at {address}" if address else "a Ray of its own on this machine"
         self._print_plan(plan, shape, course, at_once, wanted, where)
         shared = Shared(trials, plan, wanted, section.metric, self.job_id)
         with SweepDisplay(self.console, course, points) as display:
             self._prepare(plan, display)
-            if course.left() and not self.interrupts.count:
+            if not self.interrupts.count:
                 self._train(course, shared, at_once, display, earlier_s)
         return self._conclude(course, points, earlier_s)
 
@@ -187,7 +191,8 @@ class SweepLaunch:
         most = min(len(self.sweep.trials), asked or len(self.sweep.trials))
         if address is None:
             wanted = resources.demand(config, resources.gpus_here(os.environ))
-            session.start_local(resources.local_cpus(wanted), self.environment)
+            # One more, of which the trials' own processes take their parts.
+            session.start_local(resources.local_cpus(wanted) + 1, self.environment)
         else:
             stores = urls.variables_to_pass_on(store_urls(config), os.environ)
             session.connect(
@@ -246,6 +251,8 @@ class SweepLaunch:
     def _train(
         self, course: Course, shared: Shared, at_once: int, display: SweepDisplay, earlier_s: float
     ) -> None:
+        from nemo_ray.tune import runner
+
         fit = Background("tune", lambda: runner.fit(course, shared, course.left(), at_once))
         while not fit.wait(_POLL_S):
             with contextlib.suppress(OSError):  # a hiccup of the file system is no reason to end a sweep
@@ -353,12 +360,12 @@ def most_at_once(
 ) -> int:
     """How many trials fit on the cluster beside each other, up to `most`; 1 at least.
 
-    A trial's own process takes runner.DRIVER_CPUS more than its workers, which Tune does not count.
+    A trial's own process takes DRIVER_CPUS more than its workers, which Tune does not count.
     """
     total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
     for count in range(most, 1, -1):
         together = replace(wanted, num_workers=count * wanted.num_workers, at_least=None)
-        if together.worker_cpus + count * runner.DRIVER_CPUS > total_cpus:
+        if together.worker_cpus + count * DRIVER_CPUS > total_cpus:
             continue
         with contextlib.suppress(NemoRayError):
             resources.place(together, nodes, accelerator_type)

@@ -25,6 +25,8 @@ from nemo_ray.train.progress import MetricsTail
 from nemo_ray.train.resources import Demand
 
 POLL_S = 0.2
+DRIVER_CPUS = 0.01
+"""Of a trial's own process, which waits for its workers; Ray 2.60 refuses 0."""
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
 
