@@ -17,6 +17,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("nemo_ray.train.__main__", "fine-tune as a YAML file says"),
+    "tune": Command("nemo_ray.tune.__main__", "train many times with other settings, and keep the best"),
     "prepare": Command("nemo_ray.data.__main__", "tokenize and pack a run's data before it is needed"),
     "export": Command("nemo_ray.export.__main__", "merge an adapter, or check it in plain libraries"),
     "generate": Command("nemo_ray.model.generate", "answer a prompt with a model and an adapter"),

@@ -21,6 +21,7 @@ from nemo_ray.config.schema import (
     TrainSection,
 )
 from nemo_ray.config.translate import FOLDED_KEYS
+from nemo_ray.config.tune_schema import TuneSection
 
 _INTRO = """# Configuration
 
@@ -41,6 +42,7 @@ _SECTIONS: tuple[tuple[str, type[Section], str], ...] = (
     ("Training", TrainSection, ""),
     ("Trackers", TrackingSection, ""),
     ("The `ray` section", RaySection, "ray."),
+    ("The `tune` section, of `python -m nemo_ray.tune`", TuneSection, "tune."),
 )
 
 

@@ -42,6 +42,7 @@ from nemo_ray.tune.trial import DRIVER_CPUS, STOPPED, Shared
 
 _POLL_S = 0.3
 _LOG_WIDTH = 160
+_NOTE_EVERY_S = 30.0
 BY_SIGNAL = "stopped"
 
 
@@ -67,7 +68,7 @@ class SweepLaunch:
         self.environment = session.Environment()
         self.stop_data = threading.Event()
         self.interrupts = Interrupts(lambda: self._end(INTERRUPTED))
-        self.began_s = time.monotonic()
+        self.began_s = self.noted_s = time.monotonic()
         self.work: list[Background] = []
         self.begun = False
         self._ending = threading.Lock()
@@ -262,10 +263,19 @@ class SweepLaunch:
                 course.close(BY_SIGNAL)
                 display.say("stopping: the trials save a checkpoint (again to stop at once)")
             self._check_budget(course, display, earlier_s)
+            self._note_time(earlier_s)
             course.ask()
         display.poll()
         if fit.error is not None:
             raise fit.error
+
+    def _note_time(self, earlier_s: float) -> None:
+        """For a start that comes after this one was killed."""
+        now_s = time.monotonic()
+        if now_s - self.noted_s >= _NOTE_EVERY_S:
+            self.noted_s = now_s
+            with contextlib.suppress(OSError):
+                self.folder.write({**self.folder.read(), "elapsed_s": earlier_s + now_s - self.began_s})
 
     def _check_budget(self, course: Course, display: SweepDisplay, earlier_s: float) -> None:
         section = self.sweep.section

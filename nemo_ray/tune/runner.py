@@ -1,6 +1,7 @@
 """Ray Tune around the trials: it gives each a process, so many at a time, and starts one again that was lost.
 
-Which trials there are and which of them stop is decided elsewhere; Tune hears of it only that no more begin.
+Which trials there are and which of them stop is decided elsewhere. Tune hears of neither: to it, a trial that
+is stopped comes to its end.
 """
 
 import os
@@ -11,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ray import tune
-from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
 
 from nemo_ray.tune.course import Course
 from nemo_ray.tune.trial import DRIVER_CPUS, FAILED, Evaluation, Shared, run_trial
@@ -36,8 +37,9 @@ def fit(course: Course, shared: Shared, numbers: Sequence[int], at_once: int) ->
     trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"CPU": DRIVER_CPUS})
     tuner = tune.Tuner(
         trainable,
-        param_space={"number": tune.grid_search(list(numbers))},
-        tune_config=tune.TuneConfig(max_concurrent_trials=at_once, scheduler=Gate(name)),
+        tune_config=tune.TuneConfig(
+            num_samples=-1, max_concurrent_trials=at_once, search_alg=Numbers(name, numbers)
+        ),
         run_config=tune.RunConfig(
             name=name,
             storage_path=str(course.folder.ray_dir),
@@ -73,17 +75,26 @@ class Tell(tune.Callback):
         _COURSES[self._name].ended(trial.config["number"], FAILED, text)
 
 
-class Gate(FIFOScheduler):
-    """First come, first served, until the course is closed; then none that has not begun."""
+class Numbers(Searcher):
+    """Hands out the numbers of trials, until there are no more or the course is closed."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, numbers: Sequence[int]) -> None:
         super().__init__()
-        self._name = name
+        self._name, self._numbers = name, list(numbers)
 
-    def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        if not _COURSES[self._name].closed:
-            return super().choose_trial_to_run(tune_controller)
-        for trial in tune_controller.get_trials():
-            if trial.status == trial.PENDING:
-                tune_controller.stop_trial(trial)
-        return None
+    def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        if _COURSES[self._name].closed or not self._numbers:
+            return Searcher.FINISHED
+        return {"number": self._numbers.pop(0)}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: what is left to do is in the sweep's own directory."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as above."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TRAIN = (sys.executable, "-m", "nemo_ray.train")
+TUNE = (sys.executable, "-m", "nemo_ray.tune")
 RUN_WITHIN_S = 300.0
 """Whole runs take 20 to 30 s on two free cores; the machine may be shared."""
 _MARK = "NEMO_RAY_E2E_COMMAND"
