@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from nemo_ray.data.sources import plan_data
 from nemo_ray.errors import ConfigError, NemoRayError
 from nemo_ray.failures import one_line, root_cause
 from nemo_ray.run_dir import RunDir
-from nemo_ray.targets import read_shape
+from nemo_ray.targets import expert_paths, find_targets, linear_paths, read_shape
 from nemo_ray.train import outputs, resources, summary
 from nemo_ray.train.background import Background
 from nemo_ray.train.best import check_metric
@@ -36,7 +37,7 @@ from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.launch import check_nodes, prepare_data
 from nemo_ray.tune.course import Course
 from nemo_ray.tune.sweep import Sweep, Trial
-from nemo_ray.tune.sweep_dir import CONFIG_NAME, SweepDir, trial_name
+from nemo_ray.tune.sweep_dir import BEST_NAME, CONFIG_NAME, SweepDir, trial_name
 from nemo_ray.tune.table import SweepDisplay, describe, table
 from nemo_ray.tune.trial import DRIVER_CPUS, STOPPED, Shared
 
@@ -111,7 +112,13 @@ class SweepLaunch:
                 "tune.metric: no rows are held out to evaluate; set val_set_size or test_datasets"
             )
         check_metric(metric, plan)
+        if self.resume and self.folder.read()["data_fingerprint"] != plan.fingerprint:
+            raise ConfigError(
+                f"output_dir: the data of the sweep in {self.folder.path} changed since it began; restore "
+                "its files and data keys, or name another output_dir"
+            )
         trials = {trial.number: self._trial_config(trial) for trial in self.sweep.trials}
+        check_targets(trials, shape)
         points = {trial.number: trial.point for trial in self.sweep.trials}
         course = Course(self.folder, trials, section.metric, section.mode, section.scheduler == "asha")
         if self.resume:
@@ -303,7 +310,7 @@ class SweepLaunch:
         facts = self.folder.read()
         elapsed_s = earlier_s + time.monotonic() - self.began_s
         if best is not None:
-            config = {**facts["config"], **points[best]}
+            config = {**facts["config"], **points[best], "output_dir": f"{self.folder.path}-{BEST_NAME}"}
             self.folder.publish_best(
                 best, {name: value for name, value in config.items() if value is not None}
             )
@@ -357,6 +364,16 @@ class SweepLaunch:
         if self.begun and self.lock.holds():
             shutil.rmtree(self.folder.ray_dir, ignore_errors=True)
         self.lock.release()
+
+
+def check_targets(trials: Mapping[int, Config], shape: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a trial's LoRA names match nothing in the model."""
+    for number, config in trials.items():
+        if config.adapter:
+            try:
+                find_targets(config.adapter_config, linear_paths(shape), expert_paths(shape))
+            except ConfigError as error:
+                raise ConfigError(f"trial {number}: {error}") from None
 
 
 def tokens_of(course: Course) -> int:

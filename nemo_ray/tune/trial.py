@@ -111,7 +111,8 @@ def _fit(
     work = Background("fit", lambda: cluster.fit(None, loop_config, run, shared.wanted, config.ray, lock.me))
     teller = Teller(run, shared.metric)
     while not work.wait(POLL_S):
-        lock.check()
+        with contextlib.suppress(OSError):  # a hiccup of the file system is no reason to end a trial
+            lock.check()
         for evaluation in teller.new():
             tell(evaluation)
     for evaluation in teller.new():

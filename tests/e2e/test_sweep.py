@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
+from nemo_ray.config.load import load_config
 from nemo_ray.run_dir import RunDir
 from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
 from nemo_ray.tune.trial import FAILED, FINISHED, STOPPED
@@ -74,8 +74,9 @@ def test_the_best_trials_result_is_there_with_its_configuration(swept: SweepDir)
     name = "adapter_model.safetensors"
     kept, made = load_file(swept.best_dir / name), load_file(best.adapter_dir / name)
     assert kept.keys() == made.keys() and all(bool((kept[key] == made[key]).all()) for key in kept)
-    config = yaml.safe_load((swept.best_dir / "config.yaml").read_text())
-    assert config["learning_rate"] == RATES[facts["best"]] and config["base_model"]
+    config = load_config(str(swept.best_dir / "config.yaml")).config
+    wanted = best.read_run()["config"] | {"output_dir": f"{swept.path}-best", "resume_from_checkpoint": None}
+    assert config.to_dict() == wanted
     assert facts["outcome"] == "finished" and len(facts["trials"]) == len(RATES)
 
 
