@@ -7,9 +7,11 @@ import pytest
 import yaml
 from rich.console import Console
 
+from nemo_ray.config.tune_schema import TuneSection
 from nemo_ray.train.resources import Demand
+from nemo_ray.tune.budget import Budget, tokens_of
 from nemo_ray.tune.course import Course
-from nemo_ray.tune.launch import most_at_once, tokens_of
+from nemo_ray.tune.launch import most_at_once
 from nemo_ray.tune.sweep_dir import SweepDir
 from nemo_ray.tune.table import SweepDisplay, describe, table
 from nemo_ray.tune.trial import FAILED, FINISHED, Evaluation
@@ -136,3 +138,20 @@ def test_an_empty_or_prepared_folder_is_free(tmp_path: Path) -> None:
     assert folder.foreign_entries() == []
     (folder.path / "thesis.tex").touch()
     assert folder.foreign_entries() == ["thesis.tex"]
+
+
+def test_a_budget_counts_earlier_starts(tmp_path: Path) -> None:
+    course = Course(SweepDir(tmp_path), (0,), "eval_loss", "min", True)
+    section = TuneSection(parameters={"lora_r": [1]}, max_hours=1.0, max_tokens=10)
+    now = [100.0]
+    budget = Budget(section, 1800.0, lambda: now[0])
+    assert budget.elapsed_s == 1800.0 and not budget.over(course)
+    now[0] += 1799.0
+    assert not budget.over(course)
+    now[0] += 1.0
+    assert budget.over(course) == "tune.max_hours: 1 are over"
+    section = TuneSection(parameters={"lora_r": [1]}, max_tokens=10)
+    course.run(0).path.mkdir(parents=True)
+    course.run(0).append_metrics({"step": 1, "loss": 1.0, "tokens": 10})
+    assert Budget(section, 0.0).over(course) == "tune.max_tokens: 10 are trained"
+    assert not Budget(TuneSection(parameters={"lora_r": [1]}), 1e9).over(course)

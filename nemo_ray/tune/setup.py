@@ -1,0 +1,85 @@
+"""Before a sweep begins: whether it may use its folder, what its trials run with, what it records."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_ray.config.schema import Config
+from nemo_ray.data.manifest import DataPlan
+from nemo_ray.errors import ConfigError
+from nemo_ray.targets import expert_paths, find_targets, linear_paths
+from nemo_ray.train import outputs
+from nemo_ray.tune.sweep import Sweep, Trial
+from nemo_ray.tune.sweep_dir import SweepDir, trial_name
+
+_SHARED = ("base_model", "revision_of_model", "chat_template", "lora_model_dir", "mlflow_tracking_uri")
+_SHARED += ("dataset_prepared_path", "datasets", "test_datasets")
+_RECORDED = ("config", "versions", "git_revision", "data_fingerprint", "submission_id", "started_at")
+
+
+def points(sweep: Sweep) -> list[dict[str, Any]]:
+    """What each trial tries, in the order of their numbers."""
+    return [dict(trial.point) for trial in sweep.trials]
+
+
+def check_free(folder: SweepDir, overwrite: bool) -> None:
+    """Raises ConfigError where a new sweep would replace what is not to be replaced."""
+    if folder.holds_sweep():
+        if not overwrite:
+            raise ConfigError(
+                f"output_dir: {folder.path} already holds a sweep; continue it with --resume, replace it "
+                "with overwrite=true, or name another output_dir"
+            )
+        return
+    foreign = folder.foreign_entries()
+    if foreign:
+        raise ConfigError(
+            f"output_dir: {folder.path} is not the folder of a sweep (it holds {', '.join(foreign[:3])}); "
+            "name another output_dir"
+        )
+
+
+def read_earlier(folder: SweepDir, sweep: Sweep) -> dict[str, Any]:
+    """sweep.json of the sweep to continue. Raises ConfigError where there is none, or another one."""
+    if not folder.holds_sweep():
+        raise ConfigError(f"output_dir: {folder.path} holds no sweep to resume; leave out --resume")
+    earlier = folder.read()
+    if earlier["trials"] != points(sweep):
+        raise ConfigError(
+            f"output_dir: the sweep in {folder.path} has other trials than this configuration makes; "
+            "restore its tune section, or name another output_dir"
+        )
+    return earlier
+
+
+def check_data(folder: SweepDir, earlier: Mapping[str, Any], plan: DataPlan) -> None:
+    """Raises ConfigError where the data changed since the sweep began."""
+    if earlier["data_fingerprint"] != plan.fingerprint:
+        raise ConfigError(
+            f"output_dir: the data of the sweep in {folder.path} changed since it began; restore its files "
+            "and data keys, or name another output_dir"
+        )
+
+
+def trial_config(trial: Trial, shared: Config, folder: SweepDir) -> Config:
+    """As for an ordinary run that may have begun, in the sweep's folder, with what all trials share."""
+    update: dict[str, Any] = {name: getattr(shared, name) for name in _SHARED}
+    update |= {"resume_from_checkpoint": "auto", "overwrite": False}
+    update["output_dir"] = str(folder.trials_dir / trial_name(trial.number))
+    return trial.config.model_copy(update=update)
+
+
+def check_targets(configs: Mapping[int, Config], shape: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a trial's LoRA names match nothing in the model."""
+    for number, config in configs.items():
+        if config.adapter:
+            try:
+                find_targets(config.adapter_config, linear_paths(shape), expert_paths(shape))
+            except ConfigError as error:
+                raise ConfigError(f"trial {number}: {error}") from None
+
+
+def facts(sweep: Sweep, config: Config, plan: DataPlan, job_id: str | None) -> dict[str, Any]:
+    """What sweep.json says when a sweep begins."""
+    run = outputs.run_facts(config, plan, 0, job_id)
+    section = sweep.section.model_dump(mode="json")
+    return {**{name: run[name] for name in _RECORDED}, "tune": section, "trials": points(sweep)}
