@@ -131,9 +131,7 @@ class SweepLaunch:
         self.folder.write({**facts, "elapsed_s": budget.elapsed_s})
         self.begun = True
         where = f"the Ray cluster at {address}" if address else "a Ray of its own on this machine"
-        self._print_plan(
-            plan, shape, course, at_once, summary.describe_workers(wanted, config, where), wanted
-        )
+        self._print_plan(plan, shape, course, at_once, wanted, where)
         with SweepDisplay(self.console, course, self.points) as display:
             self._prepare(plan, display)
             if not self.interrupts.count:
