@@ -313,9 +313,7 @@ class Launch:
         if not self._ending.acquire(blocking=False):
             return
         self.stop_data.set()
-        if (
-            self.data is not None
-        ):  # Ray 2.60 ends the process, with code 1, in which a thread still asks for it
+        if self.data is not None:  # Ray 2.60 ends a process with code 1 where a thread still asks for it
             self.data.wait(_DATA_ENDS_WITHIN_S)
         if "ray" in sys.modules:
             session.shutdown()
