@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ CONNECT_WITHIN_S = 20.0
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """In which Ray 2.60 hands the metadata and runtime_env of a submitted job to its driver."""
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
+_TOKEN: list[str] = []
+"""That of this process's own Rays, from the first on."""
 # What Ray 2.60 does otherwise, in a process that reads it:
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # each report waits for the controller's poll, every 2 s
@@ -71,9 +74,11 @@ def start_local(num_cpus: int, environment: Environment, include_dashboard: bool
     environment.add({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
     # One more process with each start of the workers, to hear of nodes that a cluster is about to lose.
     environment.add({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"})
-    if "RAY_AUTH_MODE" not in os.environ:
-        # A token of its own: Ray's would stay in ~/.ray/auth_token, in the way of later commands.
-        environment.add({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    if "RAY_AUTH_MODE" not in os.environ and (_TOKEN or "ray" not in sys.modules):
+        # A token of its own: Ray's would stay in ~/.ray/auth_token, in the way of later commands. Ray 2.60
+        # reads both once, when it is imported: whoever did that before us has chosen.
+        _TOKEN[:] = _TOKEN or [secrets.token_hex(32)]
+        environment.add({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN[0]})
     import ray
 
     try:

@@ -4,7 +4,8 @@ Owns the order: the file, one spelling for each key, overrides, absent keys out,
 types, rules between keys, paths. Imports no torch, transformers or Ray: a wrong key is answered at once.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -54,9 +55,9 @@ def load_config(
     return check_raw(read_raw(path, overrides), check_paths=check_paths, check_support=check_support)
 
 
-def read_raw(path: str, overrides: Sequence[str] = ()) -> Raw:
-    """The file's keys, each by its one spelling, changed by overrides. Raises ConfigError."""
-    raw = read_yaml(path)
+def read_raw(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Raw:
+    """The keys of a file or mapping, each by its one spelling, changed by overrides. Raises ConfigError."""
+    raw = read_yaml(source) if isinstance(source, str) else copy.deepcopy(dict(source))
     errors = rename_keys(raw)
     for override in overrides:
         errors += apply_override(raw, override)

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code. A sweep that is refused is refused before torch or Ray are loaded."""
     given = parser().parse_intermixed_args(arguments)
     try:
-        from nemo_ray.tune.sweep import load_sweep
+        from nemo_ray.tune.load import load_sweep
 
         sweep = load_sweep(given.config, given.overrides)
         from nemo_ray.tune.launch import run

@@ -36,7 +36,7 @@ from nemo_ray.train.launch import check_nodes, prepare_data
 from nemo_ray.tune import setup
 from nemo_ray.tune.budget import Budget
 from nemo_ray.tune.course import Course
-from nemo_ray.tune.sweep import Sweep
+from nemo_ray.tune.load import Sweep
 from nemo_ray.tune.sweep_dir import BEST_NAME, CONFIG_NAME, SweepDir
 from nemo_ray.tune.table import SweepDisplay, describe, table
 from nemo_ray.tune.trial import DRIVER_CPUS, STOPPED, Shared
@@ -72,6 +72,8 @@ class SweepLaunch:
         self.interrupts = Interrupts(lambda: self._end())
         self.points = {trial.number: trial.point for trial in sweep.trials}
         self.begun = False
+        self.error: Exception | None = None
+        """What it ended with, where that was no end of its trials."""
         self._ending = threading.Lock()
 
     def say(self, text: str) -> None:
@@ -88,6 +90,7 @@ class SweepLaunch:
                 self.say("stopped before a trial had begun")
                 code = INTERRUPTED
             except Exception as error:
+                self.error = error
                 code = self._fail(error)
             finally:
                 self._end()

@@ -8,7 +8,7 @@ from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
 from nemo_ray.targets import expert_paths, find_targets, linear_paths
 from nemo_ray.train import outputs
-from nemo_ray.tune.sweep import Sweep, Trial
+from nemo_ray.tune.load import Sweep, Trial
 from nemo_ray.tune.sweep_dir import SweepDir, trial_name
 
 _SHARED = ("base_model", "revision_of_model", "chat_template", "lora_model_dir", "mlflow_tracking_uri")

@@ -8,7 +8,7 @@ from nemo_ray.config.docs import reference
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config, DatasetSpec, RaySection
 from nemo_ray.config.tune_schema import TuneSection
-from nemo_ray.tune.sweep import load_sweep
+from nemo_ray.tune.load import load_sweep
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))

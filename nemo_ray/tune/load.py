@@ -5,7 +5,7 @@ Owns what may be swept, and that nothing starts before all of it is known to be 
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -62,9 +62,12 @@ class Sweep:
     """A trial of any point. Raises ConfigError where its configuration is not valid."""
 
 
-def load_sweep(path: str, overrides: Sequence[str] = ()) -> Sweep:
-    """Read and check a sweep and the configuration of every trial. Raises ConfigError, a line a problem."""
-    raw = read_raw(path, overrides)
+def load_sweep(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
+    """Read and check a sweep and the configuration of every trial.
+
+    source: path of a YAML file, or its content. Raises ConfigError, a line a problem.
+    """
+    raw = read_raw(source, overrides)
     section = _section(raw.pop("tune", None))
     space = _space(section)
     base = check_raw(copy.deepcopy(raw))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from nemo_ray.errors import ConfigError
-from nemo_ray.tune.sweep import Sweep, load_sweep
+from nemo_ray.tune.load import Sweep, load_sweep
 
 PARAMETERS = {"lora_r": [4, 8], "lora_alpha": "2 * lora_r", "learning_rate": {"loguniform": [1e-4, 1e-2]}}
 

@@ -1,0 +1,96 @@
+"""Sweeps from Python: `from nemo_ray.tune import sweep; result = sweep("sweep.yaml"); result.best.params`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_ray.errors import NemoRayError
+from nemo_ray.tune.load import load_sweep
+from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One trial of a sweep that has ended."""
+
+    number: int
+    params: Mapping[str, Any]
+    """What it tried, formulas included."""
+    end: TrialEnd
+    path: Path
+    """Its run directory."""
+
+    @property
+    def value(self) -> float | None:
+        """The figure that it is judged by; None where it had none."""
+        return self.end.value
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What came of a sweep."""
+
+    path: Path
+    """Its directory; best/ in it is the result of the best trial."""
+    metric: str
+    trials: tuple[TrialResult, ...]
+    """Those that have ended, by number."""
+    best: TrialResult | None
+    """None where no trial came to its end."""
+
+    @property
+    def dataframe(self) -> "DataFrame":
+        """A row for each trial: number, status, the metric, evaluation, step, reason, and its parameters."""
+        from pandas import DataFrame
+
+        rows = [
+            {
+                "number": trial.number,
+                "status": trial.end.status,
+                self.metric: trial.value,
+                "evaluation": trial.end.evaluation,
+                "step": trial.end.step,
+                "reason": trial.end.reason,
+                **trial.params,
+            }
+            for trial in self.trials
+        ]
+        return DataFrame(rows)
+
+
+def sweep(config: str | Path | Mapping[str, Any], *overrides: str, resume: bool = False) -> SweepResult:
+    """Run, or continue, a sweep, as `python -m nemo_ray.tune` does, in this process's main thread.
+
+    config: path of a YAML file, or its content. overrides: "key=value", as on the command line.
+    Raises: ConfigError where it is refused, NemoRayError where no trial came to its end, KeyboardInterrupt
+    after Ctrl-C. What it prints is the command's.
+    """
+    found = load_sweep(config if isinstance(config, Mapping) else str(config), overrides)
+    from nemo_ray.tune.launch import INTERRUPTED, SweepLaunch
+
+    launch = SweepLaunch(found, resume)
+    code = launch.run()
+    if launch.error is not None:
+        raise launch.error
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code:
+        raise NemoRayError("no trial of the sweep came to its end")
+    return read_result(launch.folder.path)
+
+
+def read_result(path: str | Path) -> SweepResult:
+    """What came of the sweep in the directory `path`. Raises: FileNotFoundError where there is none."""
+    folder = SweepDir(path)
+    facts = folder.read()
+    trials = []
+    for number, params in enumerate(facts["trials"]):
+        end = folder.read_end(number)
+        if end is not None:
+            trials.append(TrialResult(number, params, end, folder.trial(number).path))
+    best = next((trial for trial in trials if trial.number == facts.get("best")), None)
+    return SweepResult(folder.path, facts["tune"]["metric"], tuple(trials), best)
