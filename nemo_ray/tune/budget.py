@@ -6,6 +6,9 @@ from collections.abc import Callable
 from nemo_ray.config.tune_schema import TuneSection
 from nemo_ray.tune.course import Course
 
+_COUNT_EVERY_S = 10.0
+"""Counting tokens reads all metrics."""
+
 
 class Budget:
     """The time that a sweep has taken, and whether its limits are reached."""
@@ -15,6 +18,7 @@ class Budget:
     ) -> None:
         self._section, self._earlier_s, self._clock = section, earlier_s, clock
         self._began_s = clock()
+        self._counted_s = -_COUNT_EVERY_S
 
     @property
     def elapsed_s(self) -> float:
@@ -26,8 +30,10 @@ class Budget:
         hours, tokens = self._section.max_hours, self._section.max_tokens
         if hours is not None and self.elapsed_s >= hours * 3600:
             return f"tune.max_hours: {hours:g} are over"
-        if tokens is not None and tokens_of(course) >= tokens:
-            return f"tune.max_tokens: {tokens:,} are trained"
+        if tokens is not None and self._clock() - self._counted_s >= _COUNT_EVERY_S:
+            self._counted_s = self._clock()
+            if tokens_of(course) >= tokens:
+                return f"tune.max_tokens: {tokens:,} are trained"
         return ""
 
 

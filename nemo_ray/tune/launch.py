@@ -290,11 +290,17 @@ class SweepLaunch:
             summary.print_rows(self.console, rows)
 
     def _fail(self, error: BaseException) -> int:
-        cause = root_cause(error)
-        if not isinstance(cause, NemoRayError):
-            self.errors.print(Text("".join(traceback.format_exception(error))), soft_wrap=True)
-        for line in one_line(error).splitlines():
-            self.errors.print(Text(f"error: {line}"), soft_wrap=True)
+        cause, line = root_cause(error), one_line(error)
+        text = "".join(traceback.format_exception(error))
+        if self.begun and self.lock.holds():
+            own = RunDir(self.folder.path)
+            own.append_error("driver of the sweep", text)
+            if not isinstance(cause, NemoRayError):
+                line += f" (full traceback: {own.error_file})"
+        elif not isinstance(cause, NemoRayError):
+            self.errors.print(Text(text), soft_wrap=True)
+        for part in line.splitlines():
+            self.errors.print(Text(f"error: {part}"), soft_wrap=True)
         return cause.exit_code if isinstance(cause, NemoRayError) else 1
 
     def _end(self) -> None:

@@ -4,6 +4,7 @@
     trials/NNN/            a run directory for each trial; trial.json in it: its point, how it ended
     best/                  the best trial's adapter or model, and config.yaml, which trains it again
     prepared/              shards that all trials share, where no dataset_prepared_path is given
+    error.log              the full traceback, where the sweep itself failed
 
 Everything lies on one file system that the driver and all nodes share.
 """
@@ -71,7 +72,7 @@ class SweepDir:
         """Names in a folder without a sweep that neither a sweep's preparation nor a system puts there."""
         if not self.path.is_dir():
             return []
-        known = {PREPARED_NAME, "rejected.jsonl", "data.html"}
+        known = {PREPARED_NAME, "rejected.jsonl", "data.html", "error.log"}
         return sorted(name for name in os.listdir(self.path) if name not in known and name[0] != ".")
 
     def read(self) -> dict[str, Any]:
