@@ -33,6 +33,7 @@ from nemo_ray.train.driver_lock import DriverLock
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.launch import check_nodes, prepare_data
+from nemo_ray.train.progress import duration
 from nemo_ray.tune import setup
 from nemo_ray.tune.budget import Budget
 from nemo_ray.tune.course import Course
@@ -285,7 +286,7 @@ class SweepLaunch:
                 ("best", f"trial {best}: {value} with {describe(self.points[best])}"),
                 ("result", str(self.folder.best_dir)),
                 ("configuration", str(self.folder.best_dir / CONFIG_NAME)),
-                ("time", summary.duration(elapsed_s)),
+                ("time", duration(elapsed_s)),
             ]
             summary.print_rows(self.console, rows)
 

@@ -70,7 +70,8 @@ def sweep(config: str | Path | Mapping[str, Any], *overrides: str, resume: bool 
     after Ctrl-C. What it prints is the command's.
     """
     found = load_sweep(config if isinstance(config, Mapping) else str(config), overrides)
-    from nemo_ray.tune.launch import INTERRUPTED, SweepLaunch
+    from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
+    from nemo_ray.tune.launch import SweepLaunch
 
     launch = SweepLaunch(found, resume)
     code = launch.run()

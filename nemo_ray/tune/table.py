@@ -1,6 +1,6 @@
 """A sweep in the terminal: a table that lives on a terminal, a line for each change in a log file."""
 
-from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -65,7 +65,7 @@ class SweepDisplay:
             self._live.update(table(course, self._points), refresh=True)
 
 
-def table(course: Course, points: dict[int, Point], order: Callable[[int], object] = int) -> Table:
+def table(course: Course, points: dict[int, Point]) -> Table:
     """All trials that have begun, and how many have not."""
     drawn = Table(box=None, header_style="bold", pad_edge=False)
     for name in _COLUMNS:
@@ -76,7 +76,7 @@ def table(course: Course, points: dict[int, Point], order: Callable[[int], objec
             no_wrap=True,
         )
     best, waiting = course.best(), 0
-    for number in sorted(points, key=order):
+    for number in sorted(points):
         end, running = course.ends.get(number), number in course.running
         if end is None and not running and course.value(number) is None:
             waiting += 1
@@ -84,7 +84,7 @@ def table(course: Course, points: dict[int, Point], order: Callable[[int], objec
         progress = course.run(number).read_progress() if running else {}
         value = course.value(number)
         state = end.status if end else "running" if running else "broken off"
-        known = progress if running else {"step": end.step if end else None}
+        known: dict[str, Any] = progress if running else {"step": end.step if end else None}
         cells = (
             str(number),
             describe(points[number]),
