@@ -91,8 +91,9 @@ def names(store: ObjectStore, folder: str) -> set[str]:
 
 
 def bytes_read(requests: list[Request], path: str) -> list[int]:
-    """By each request for an object whose path has `path` in it."""
-    return [request.num_bytes for request in requests if request.method == "GET" and path in request.path]
+    """By each request for an object whose path has `path` in it; one that broke off brought nothing."""
+    gets = [request.num_bytes for request in requests if request.method == "GET" and path in request.path]
+    return [num_bytes for num_bytes in gets if num_bytes]
 
 
 # -- exact ----------------------------------------------------------------------------------------
