@@ -38,7 +38,10 @@ def fit(course: Course, shared: Shared, numbers: Sequence[int], at_once: int) ->
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            num_samples=-1, max_concurrent_trials=at_once, search_alg=Numbers(name, numbers)
+            num_samples=-1,
+            max_concurrent_trials=at_once,
+            search_alg=Numbers(name, numbers),
+            reuse_actors=True,  # a process imports Ray Train once
         ),
         run_config=tune.RunConfig(
             name=name,
