@@ -5,7 +5,7 @@ Owns what may be swept, and that nothing starts before all of it is known to be 
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,9 +21,9 @@ from nemo_ray.config.tune_schema import TuneSection
 from nemo_ray.errors import ConfigError
 from nemo_ray.storage import join
 from nemo_ray.tune.space import Point, Space, grid, random, size
+from nemo_ray.tune.sweep_dir import TRIALS_NAME, trial_name
 
 DEFAULT_TRIALS = 10
-TRIALS_NAME = "trials"
 _ONE_FOR_ALL = {
     "output_dir": "each trial has a folder in it",
     "overwrite": "it is about the whole sweep",
@@ -43,23 +43,15 @@ class Trial:
     point: Point
     config: Config
 
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        return f"{self.number:03d}"
-
 
 @dataclass(frozen=True)
 class Sweep:
-    """A checked sweep. `trials` is what grid and random search decide beforehand; optuna decides later."""
+    """A checked sweep."""
 
     section: TuneSection
     base: LoadedConfig
-    space: Space
-    num_trials: int
+    """What all trials share."""
     trials: tuple[Trial, ...]
-    make: Callable[[int, Point], Trial]
-    """A trial of any point. Raises ConfigError where its configuration is not valid."""
 
 
 def load_sweep(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
@@ -74,7 +66,7 @@ def load_sweep(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -
     fixed = base.config.to_dict()
 
     def make(number: int, point: Point) -> Trial:
-        output_dir = join(base.config.output_dir, TRIALS_NAME, f"{number:03d}")
+        output_dir = join(base.config.output_dir, TRIALS_NAME, trial_name(number))
         own = {**copy.deepcopy(raw), **copy.deepcopy(point), "output_dir": output_dir}
         try:
             return Trial(number, point, check_raw(own).config)
@@ -84,16 +76,12 @@ def load_sweep(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -
             raise ConfigError("\n".join(lines)) from None
 
     num_trials = _num_trials(section, space)
-    points: Iterator[Point] = iter(())
-    if section.search == "grid":
-        points = grid(space, fixed)
-    elif section.search == "random":
-        points = random(space, fixed, section.seed)
+    points = grid(space, fixed) if section.search == "grid" else random(space, fixed, section.seed)
     try:
         trials = tuple(make(number, point) for number, point in enumerate(islice(points, num_trials)))
     except ValueError as error:
         raise ConfigError(f"tune.parameters.{error}") from None
-    return Sweep(section, base, space, num_trials, trials, make)
+    return Sweep(section, base, trials)
 
 
 def _section(raw: Any) -> TuneSection:

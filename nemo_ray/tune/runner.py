@@ -51,7 +51,10 @@ def fit(course: Course, shared: Shared, numbers: Sequence[int], at_once: int) ->
             callbacks=[Tell(name)],
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        del _COURSES[name]
 
 
 class Tell(tune.Callback):

@@ -8,6 +8,7 @@ import yaml
 
 from nemo_ray.errors import ConfigError
 from nemo_ray.tune.load import Sweep, load_sweep
+from nemo_ray.tune.sweep_dir import trial_name
 
 PARAMETERS = {"lora_r": [4, 8], "lora_alpha": "2 * lora_r", "learning_rate": {"loguniform": [1e-4, 1e-2]}}
 
@@ -37,10 +38,10 @@ def load(folder: Path, tune: Any, *overrides: str, **changes: Any) -> Sweep:
 
 def test_each_trial_has_its_own_configuration(folder: Path) -> None:
     found = load(folder, {"parameters": PARAMETERS, "num_trials": 5, "seed": 3})
-    assert [trial.number for trial in found.trials] == list(range(5)) and found.num_trials == 5
+    assert [trial.number for trial in found.trials] == list(range(5))
     for trial in found.trials:
         config = trial.config
-        assert config.output_dir == str(folder / "sweep" / "trials" / trial.name)
+        assert config.output_dir == str(folder / "sweep" / "trials" / trial_name(trial.number))
         assert config.lora_r == trial.point["lora_r"] and config.lora_alpha == 2 * config.lora_r
         assert config.learning_rate == trial.point["learning_rate"]
         rest = {"output_dir", *PARAMETERS}
