@@ -14,7 +14,6 @@ import types
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +26,7 @@ from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.experts import RoutedExperts
 from nemo_ray.model.linear import BaseLinear, linear
 from nemo_ray.model.norm import residual_norm
-from nemo_ray.model.routing import route
+from nemo_ray.model.routing import route, router_logits
 from nemo_ray.model.ssd import select_split_conv1d_scan
 
 # What the patches rely on: the parameters each upstream forward must take, and the modules that it must hold.
@@ -215,7 +214,7 @@ def _patch_moe(mixer: nn.Module) -> None:
         shared = self.shared_experts(hidden_states)
         gate, tokens = self.gate, hidden_states.flatten(0, 1)
         weights, experts = route(
-            F.linear(tokens.float(), gate.weight.float()),
+            router_logits(tokens, gate.weight),
             gate.e_score_correction_bias,
             gate.top_k,
             gate.num_group,

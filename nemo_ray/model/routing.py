@@ -11,6 +11,7 @@ latent) size.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from nemo_ray.model import kernels
 
@@ -21,6 +22,49 @@ class Slots(NamedTuple):
     order: torch.Tensor  # (S,) int64, the slot at each sorted position
     back: torch.Tensor  # (S,) int64, the sorted position of each slot
     ends: torch.Tensor  # (E,) int32, the sorted position where an expert's slots end
+
+
+def router_logits(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """tokens (N, H) times the router's weight (E, H), both taken as float32, giving (N, E) float32.
+
+    A GPU's tensor cores take no float32. But bf16 tokens times the bf16 parts of a frozen weight, summed in
+    float32, are the same: no product of two bf16 is rounded there.
+    """
+    if kernels.serve(tokens) and tokens.dtype == torch.bfloat16 and not weight.requires_grad:
+        return _SplitProduct.apply(tokens, weight)
+    return F.linear(tokens.float(), weight.float())
+
+
+class _SplitProduct(torch.autograd.Function):
+    """The product on tensor cores: a float32 is the sum of three bf16, and of two up to 2^-17 of it, which is
+    enough for a gradient that is rounded to bf16."""
+
+    @staticmethod
+    def forward(ctx, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        stacked = torch.cat(bf16_parts(weight, 3))  # (3 E, H)
+        return _float32_matmul(tokens, stacked.T).unflatten(1, (3, -1)).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (grad_high, grad_low), (high, low) = bf16_parts(grad, 2), bf16_parts(ctx.weight, 2)
+        return torch.cat([grad_high, grad_high, grad_low], 1) @ torch.cat([high, low, high]), None
+
+
+def bf16_parts(values: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """bf16 tensors that add up to `values`: of a float32 the first 8 `count` bits, all of them with 3."""
+    parts, left = [], values.float()
+    for _ in range(count):
+        parts.append(left.to(torch.bfloat16))
+        left = left - parts[-1]
+    return parts
+
+
+def _float32_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The product of two bf16 matrices, summed and left in float32."""
+    if x.is_cuda:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return x.float() @ y.float()
 
 
 def route(

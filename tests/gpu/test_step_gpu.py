@@ -7,6 +7,7 @@ import torch.distributed as dist
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.model import kernels
 from nemo_ray.model.load import Precision, build, fill
+from nemo_ray.model.routing import router_logits
 from nemo_ray.train import activations
 from nemo_ray.train.graph import CudaRecorder, GraphedPasses
 from nemo_ray.train.loss import bind_loss
@@ -46,6 +47,21 @@ def gradients(model, parameters, micro: MicroBatch) -> tuple[torch.Tensor, dict[
     log_probs = model.target_log_probs(micro.batch, micro.targets)
     log_probs.sum().backward()
     return log_probs.detach(), {name: p.grad.clone() for name, p in parameters.items()}
+
+
+@pytest.mark.usefixtures("exact_float32")
+@pytest.mark.parametrize(("experts", "hidden"), [(128, 2688), (512, 4096)], ids=["nano", "super"])
+def test_router_logits_are_as_exact_as_a_float32_product(experts, hidden):
+    generator = torch.Generator(GPU).manual_seed(0)
+    tokens = torch.randn(2048, hidden, device=GPU, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(experts, hidden, device=GPU, generator=generator) / hidden**0.5
+    grad = torch.randn(2048, experts, device=GPU, generator=generator)
+    logits, exact = router_logits(tokens, weight), tokens.detach().double() @ weight.double().T
+    logits.backward(grad)
+    plain = torch.nn.functional.linear(tokens.detach().float(), weight)
+    exact_grad = grad.double() @ weight.double()
+    assert (logits - exact).norm() <= 1.2 * (plain - exact).norm()
+    assert (tokens.grad - exact_grad).norm() <= 1.01 * (exact_grad.bfloat16() - exact_grad).norm()
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHTopkRouter
 
-from nemo_ray.model.routing import combine, route, sort_slots, spread
+from nemo_ray.model import kernels
+from nemo_ray.model.routing import bf16_parts, combine, route, router_logits, sort_slots, spread
 from tests.model.shapes import tiny_config
 
 N, E, K = 40, 24, 5
@@ -125,3 +126,42 @@ def test_combine_sums_and_rounds_once(dtype, weighted):
     torch.testing.assert_close(
         out.double(), exact, rtol=1.01 * half_ulp, atol=1e-14 if dtype == torch.float64 else 1e-6
     )
+
+
+def test_three_bf16_parts_are_a_float32_and_two_are_it_up_to_17_bits():
+    values = draw(1000) * torch.logspace(-20, 20, 1000)
+    assert torch.equal(torch.stack(bf16_parts(values, 3)).double().sum(0), values.double())
+    off = torch.stack(bf16_parts(values, 2)).double().sum(0) - values.double()
+    assert (off.abs() <= 2**-17 * values.double().abs()).all()
+
+
+def router_passes(dtype: torch.dtype, trains: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and the gradient of the tokens."""
+    tokens = draw(N, 64, dtype=torch.bfloat16).to(dtype).requires_grad_()
+    weight = draw(E, 64, seed=1).to(dtype if dtype == torch.float64 else torch.float32)
+    if dtype == torch.float64:
+        logits = tokens @ weight.T
+    else:
+        logits = router_logits(tokens, weight.requires_grad_(trains))
+    (logits * draw(N, E, seed=2).to(logits.dtype)).sum().backward()
+    return logits.detach(), tokens.grad
+
+
+def test_logits_of_bf16_tokens_are_those_of_float32(monkeypatch):
+    plain, _ = router_passes(torch.bfloat16)
+    monkeypatch.setattr(kernels, "serve", lambda tensor: True)  # the way of a GPU
+    split, grad = router_passes(torch.bfloat16)
+    exact, exact_grad = router_passes(torch.float64)
+    assert split.dtype == torch.float32 and grad.dtype == torch.bfloat16
+    assert not torch.equal(split, plain), "one way only was taken"
+    assert (split - exact).norm() <= 2e-7 * exact.norm()
+    # Rounding to bf16, once, loses this much of a gradient; a bf16 weight alone would lose half as much more.
+    rounded = exact_grad.to(torch.bfloat16)
+    assert (grad - exact_grad).norm() <= 1.001 * (rounded - exact_grad).norm()
+
+
+@pytest.mark.parametrize(("dtype", "trains"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_a_float32_run_and_a_router_that_trains_take_the_plain_product(dtype, trains, monkeypatch):
+    plain = router_passes(dtype, trains)
+    monkeypatch.setattr(kernels, "serve", lambda tensor: True)
+    assert all(map(torch.equal, plain, router_passes(dtype, trains)))
