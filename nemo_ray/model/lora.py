@@ -43,7 +43,7 @@ class _LoraGradient(torch.autograd.Function):
         inner, grad_inner = rows @ A.T * scaling, grad_rows @ B * scaling
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_rows @ whole(ctx.layer.weight, grad.dtype)).addmm_(grad_inner, A).view_as(x)
+            grad_x = (grad_inner @ A).addmm_(grad_rows, whole(ctx.layer.weight, grad.dtype)).view_as(x)
         grad_A, grad_B = grad_inner.T @ rows, grad_rows.T @ inner
         return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None
 
@@ -67,10 +67,13 @@ class LoraLinear(BaseLinear):
         return Deferred.apply(product, lambda: self._product(x))
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        out = super().forward(x)
-        inner = x.flatten(0, -2) @ self.lora_A.to(x.dtype).T * self.scaling
-        out.flatten(0, -2).addmm_(inner, self.lora_B.to(x.dtype).T)
-        return out
+        rows = x.flatten(0, -2)
+        inner = rows @ self.lora_A.to(x.dtype).T * self.scaling
+        out = inner @ self.lora_B.to(x.dtype).T
+        if self.bias is not None:
+            out += self.bias
+        # Last, so that the sum is taken where the largest product is made, not in a pass over its output.
+        return out.addmm_(rows, whole(self.weight, x.dtype).T).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling}"

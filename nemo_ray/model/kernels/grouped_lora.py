@@ -11,8 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_ROWS = 64
+BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
+SPAN = 512  # columns of a program that adds, of BLOCK_COLUMNS at a time
+NUM_WARPS = 4
 MIN_RANK = 16  # of a tensor core's product
 
 
@@ -43,6 +45,7 @@ def _add_factors(
     dots,
     num_experts,
     num_columns,
+    span,
     rank,
     inner_stride,
     expert_stride,
@@ -70,7 +73,8 @@ def _add_factors(
     if ACTIVATION_GRADIENT:
         weight = tl.load(weights + rows, mask=here, other=0.0)
         dot = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, num_columns, COLUMNS):
+    begin = tl.program_id(1) * span
+    for start in range(begin, tl.minimum(begin + span, num_columns), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         inside = here[:, None] & (columns < num_columns)[None, :]
         at = offsets + columns[None, :]
@@ -107,7 +111,9 @@ def _launch(
     hidden, weights, activated, dots = gradient_of or (None, None, None, None)
     # An expert's last tile may be a part: at most one tile more for each than the rows alone need.
     num_tiles = triton.cdiv(num_rows, BLOCK_ROWS) + ends.numel()
-    _add_factors[(num_tiles,)](
+    # A row's dot product is one program's.
+    span = SPAN if gradient_of is None else triton.cdiv(num_columns, BLOCK_COLUMNS) * BLOCK_COLUMNS
+    _add_factors[(num_tiles, triton.cdiv(num_columns, span))](
         out,
         inner,
         factors,
@@ -118,6 +124,7 @@ def _launch(
         dots,
         ends.numel(),
         num_columns,
+        span,
         rank,
         0 if inner is None else inner.stride(0),
         *(factors.stride() if factors is not None else (0, 0, 0)),
@@ -128,7 +135,7 @@ def _launch(
         RANK=max(MIN_RANK, triton.next_power_of_2(rank)),
         ROWS=BLOCK_ROWS,
         COLUMNS=BLOCK_COLUMNS,
-        num_warps=4,
+        num_warps=NUM_WARPS,
     )
 
 

@@ -51,8 +51,8 @@ for factors, gradient, keep, experts in cases:
     absent |= dict.fromkeys(() if gradient else ("hidden", "weights", "dots"))
     absent |= dict.fromkeys(() if keep else ("activated",))
     flags = dict(HAS_FACTORS=factors, ACTIVATION_GRADIENT=gradient, KEEP=keep, EXPERTS=experts)
-    types = f"*bf16 {left} *i32 {right}" + 7 * " i32"
-    check(grouped_lora._add_factors, 4, types, **flags, **sizes, **absent)
+    types = f"*bf16 {left} *i32 {right}" + 8 * " i32"
+    check(grouped_lora._add_factors, grouped_lora.NUM_WARPS, types, **flags, **sizes, **absent)
 
 for slope in (True, False):
     check(log_probs._log_probs, 8, "*bf16 *i64 *fp32 i32 i32", SLOPE=slope, BLOCK=log_probs.BLOCK)
