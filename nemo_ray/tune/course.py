@@ -103,14 +103,8 @@ class Course:
 
     def best(self) -> int | None:
         """The best of the trials that came to their end; the first of equal ones."""
-        sign = 1.0 if self.mode == "min" else -1.0
         with self._lock:
-            found = [
-                (sign * end.value, number)
-                for number, end in self.ends.items()
-                if end.status == FINISHED and end.value is not None and math.isfinite(end.value)
-            ]
-        return min(found)[1] if found else None
+            return best_of(self.ends.values(), self.mode)
 
     def run(self, number: int) -> RunDir:
         """A trial's run directory."""
@@ -139,3 +133,14 @@ class Course:
         reasons = [end.reason for end in self.ends.values() if end.status == FAILED]
         if len(reasons) == len(self.ends) >= ALIKE and len(set(reasons)) == 1:
             self.close(f"the first {len(reasons)} trials all failed: {reasons[0]}")
+
+
+def best_of(ends: Iterable[TrialEnd], mode: str) -> int | None:
+    """The best of the trials that came to their end, the first of equal ones; None where none did."""
+    sign = 1.0 if mode == "min" else -1.0
+    found = [
+        (sign * end.value, end.number)
+        for end in ends
+        if end.status == FINISHED and end.value is not None and math.isfinite(end.value)
+    ]
+    return min(found)[1] if found else None

@@ -38,6 +38,7 @@ from nemo_ray.tune import setup
 from nemo_ray.tune.budget import Budget
 from nemo_ray.tune.course import Course
 from nemo_ray.tune.load import Sweep
+from nemo_ray.tune.report import write_report
 from nemo_ray.tune.sweep_dir import BEST_NAME, CONFIG_NAME, SweepDir
 from nemo_ray.tune.table import SweepDisplay, describe, table
 from nemo_ray.tune.trial import DRIVER_CPUS, STOPPED, Shared
@@ -72,7 +73,7 @@ class SweepLaunch:
         self.data: Background | None = None
         self.interrupts = Interrupts(lambda: self._end())
         self.points = {trial.number: trial.point for trial in sweep.trials}
-        self.begun = False
+        self.begun = self.unreported = False
         self.error: Exception | None = None
         """What it ended with, where that was no end of its trials."""
         self._ending = threading.Lock()
@@ -228,12 +229,22 @@ class SweepLaunch:
                 if budget.elapsed_s - noted_s >= _NOTE_EVERY_S:  # for a start after this one was killed
                     noted_s = budget.elapsed_s
                     self.folder.write({**self.folder.read(), "elapsed_s": noted_s})
+                    self._report()
                 if not course.closed:
                     self._close_where_due(course, display, budget)
                 course.ask()
         display.poll()
         if fit.error is not None:
             raise fit.error
+
+    def _report(self) -> None:
+        """Write report.html. Whatever is wrong with it ends no sweep."""
+        try:
+            write_report(self.folder)
+        except Exception as error:
+            if not self.unreported:
+                self.say(f"note: report.html could not be written: {type(error).__name__}: {error}")
+            self.unreported = True
 
     def _close_where_due(self, course: Course, display: SweepDisplay, budget: Budget) -> None:
         if self.interrupts.count:
@@ -259,6 +270,7 @@ class SweepLaunch:
         ended_at = datetime.now(UTC).isoformat(timespec="seconds")
         outcome = {"best": best, "outcome": "stopped" if left else "finished", "why": course.closed}
         self.folder.write({**facts, **outcome, "elapsed_s": budget.elapsed_s, "ended_at": ended_at})
+        self._report()
         self._print_result(course, best, budget.elapsed_s)
         if self.interrupts.count:
             self.say(f"stopped with {summary.plural(len(left), 'trial')} to go; go on with --resume")
@@ -280,6 +292,7 @@ class SweepLaunch:
             if end.reason:
                 self.say(f"trial {number} {end.status}: {end.reason}")
         self.console.print()
+        summary.print_rows(self.console, [("report", str(self.folder.report_file))])
         if best is not None:
             value = f"{course.metric} {course.ends[best].value:.4f}"
             rows = [

@@ -2,6 +2,7 @@
 
     sweep.json             the tune section, the configuration that all trials share, how the sweep ended
     trials/NNN/            a run directory for each trial; trial.json in it: its point, how it ended
+    report.html            charts and a table, also while it runs
     best/                  the best trial's adapter or model, and config.yaml, which trains it again
     prepared/              shards that all trials share, where no dataset_prepared_path is given
     error.log              the full traceback, where the sweep itself failed
@@ -58,6 +59,7 @@ class SweepDir:
         self.sweep_json = self.path / SWEEP_NAME
         self.trials_dir = self.path / TRIALS_NAME
         self.best_dir = self.path / BEST_NAME
+        self.report_file = self.path / "report.html"
         self.ray_dir = self.path / ".ray"
 
     def trial(self, number: int) -> RunDir:
@@ -88,6 +90,7 @@ class SweepDir:
         for folder in (self.trials_dir, self.best_dir, self.ray_dir):
             if folder.exists():
                 remove_tree(folder)
+        self.report_file.unlink(missing_ok=True)
         self.sweep_json.unlink(missing_ok=True)
 
     def read_end(self, number: int) -> TrialEnd | None:

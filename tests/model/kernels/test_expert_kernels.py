@@ -28,7 +28,7 @@ def near(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> boo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @settings(max_examples=12, deadline=None)
-@given(counts=counts_of_experts, columns=st.sampled_from([8, 40, 136, 600]), rank=st.sampled_from([8, 16, 24]))
+@given(counts=counts_of_experts, columns=st.sampled_from([8, 136, 600]), rank=st.sampled_from([8, 16, 24]))
 def test_factors_are_added(counts, columns, rank, dtype):
     draw = drawn(0, dtype)
     ends = torch.tensor(counts).cumsum(0).int()

@@ -1,0 +1,175 @@
+"""report.html of a sweep: charts, a table, the best trial's configuration. One file, which loads nothing.
+
+Written from the sweep's directory alone, again and again while the sweep runs.
+"""
+
+from importlib.resources import files
+from typing import Any
+
+import plotly.graph_objects as go
+import yaml
+from plotly.io import to_html
+from plotly.offline import get_plotlyjs
+
+from nemo_ray.config.translate import show
+from nemo_ray.data.charts import number, section, soft, table, text
+from nemo_ray.storage import publish_bytes
+from nemo_ray.train.progress import duration
+from nemo_ray.tune import figures
+from nemo_ray.tune.course import best_of
+from nemo_ray.tune.figures import Trial
+from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
+from nemo_ray.tune.trial import Teller
+
+REFRESH_S = 30
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
+_HEIGHT_PX = 380
+_STYLE = """
+table.sorted th[scope=col] { cursor: pointer; }
+table.sorted td:last-child { min-width: 18em; }
+pre { overflow-x: auto; user-select: all; }
+"""
+# A click on a column's head sorts by it, a second one the other way round.
+_SORT = """
+for (const table of document.querySelectorAll("table.sorted")) {
+  const rows = table.tBodies[0];
+  table.querySelectorAll("thead th").forEach((head, column) => head.addEventListener("click", () => {
+    const sign = (head.dataset.sign = head.dataset.sign === "1" ? "-1" : "1");
+    const key = (row) => row.cells[column].textContent.replaceAll(",", "");
+    const compare = (a, b) => key(a) === "" ? 1 : key(b) === "" ? -1
+      : (isNaN(key(a)) || isNaN(key(b)) ? key(a).localeCompare(key(b)) : key(a) - key(b)) * sign;
+    rows.append(...[...rows.rows].sort(compare));
+  }));
+}
+"""
+
+
+def write_report(folder: SweepDir) -> None:
+    """Write report.html of the sweep in `folder`, running or ended, in place of an earlier one.
+
+    Raises: OSError where it cannot be written.
+    """
+    facts = folder.read()
+    ends = {n: end for n in range(len(facts["trials"])) if (end := folder.read_end(n)) is not None}
+    trials = _trials(folder, facts, ends)
+    publish_bytes(folder.report_file, report_page(folder.path.name, facts, trials, ends).encode())
+
+
+def _trials(folder: SweepDir, facts: dict[str, Any], ends: dict[int, TrialEnd]) -> list[Trial]:
+    found = []
+    for index, point in enumerate(facts["trials"]):
+        run, end = folder.trial(index), ends.get(index)
+        if end is None and not run.holds_run():
+            continue
+        evaluations = Teller(run, facts["tune"]["metric"]).new()
+        if end is not None and end.evaluation:
+            evaluations = evaluations[: end.evaluation]  # what came after does not count
+        last = evaluations[-1].value if evaluations else None
+        losses = [(row["step"], row["loss"]) for row in run.read_metrics() if row.get("loss") is not None]
+        state = end.status if end else "stopped" if "outcome" in facts else "running"
+        found.append(Trial(index, point, state, evaluations, losses, end.value if end else last))
+    return found
+
+
+def report_page(title: str, facts: dict[str, Any], trials: list[Trial], ends: dict[int, TrialEnd]) -> str:
+    """The page's HTML. Args: `facts`: sweep.json; `trials`: those that have begun."""
+    section_keys, running = facts["tune"], "outcome" not in facts
+    metric, best = section_keys["metric"], best_of(ends.values(), section_keys["mode"])
+    body = [_head(title, facts, trials, ends, best)]
+    for name, words, figure in (
+        (metric, "At each evaluation.", figures.curves(trials, best, metric)),
+        ("Training loss", "", figures.training(trials, best)),
+        (
+            "Where the best is",
+            "Circles trained to their end, crosses did not.",
+            figures.landscape(trials, best, metric),
+        ),
+        ("All parameters", "A line is a trial.", figures.parallel(trials, metric)),
+    ):
+        if figure is not None and figure.data:
+            body.append(section(name, soft(words), _chart(figure)))
+    body += [_importance(trials), _table(trials, ends, best, metric)]
+    if best is not None:
+        body.append(_configuration(facts, best))
+    refresh = f'<meta http-equiv="refresh" content="{REFRESH_S}">' if running else ""
+    style = files("nemo_ray.data").joinpath("page.css").read_text(encoding="utf-8") + _STYLE
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">{refresh}'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>Sweep {text(title)}</title><style>{style}</style><script>{get_plotlyjs()}</script></head>\n"
+        f"<body><main>{''.join(body)}</main><script>{_SORT}</script></body></html>\n"
+    )
+
+
+def _head(
+    title: str, facts: dict[str, Any], trials: list[Trial], ends: dict[int, TrialEnd], best: int | None
+) -> str:
+    states = [end.status for end in ends.values()]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    tiles = [
+        ("Trials", f"{len(ends)} of {len(facts['trials'])}", counts or "none has ended"),
+        ("Running", number(sum(trial.state == "running" for trial in trials)), "at the moment"),
+        ("Time", duration(facts.get("elapsed_s", 0.0)), "of the whole sweep"),
+    ]
+    if best is not None:
+        tiles.insert(0, ("Best", f"{ends[best].value:.4f}", f"trial {best}, {facts['tune']['metric']}"))
+    cards = "".join(
+        f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(words)}</small></dd></div>"
+        for name, value, words in tiles
+    )
+    return f'<header><h1>Sweep {text(title)}</h1><dl class="tiles">{cards}</dl></header>'
+
+
+def _chart(figure: go.Figure) -> str:
+    figure.update_layout(
+        template="plotly_white",
+        margin={"l": 60, "r": 20, "t": 40, "b": 50},
+        legend={"orientation": "h", "y": -0.2},
+    )
+    options = {"responsive": True, "displaylogo": False}
+    return to_html(
+        figure, config=options, include_plotlyjs=False, full_html=False, default_height=f"{_HEIGHT_PX}px"
+    )
+
+
+def _importance(trials: list[Trial]) -> str:
+    at, count, shares = figures.importance(trials)
+    if not shares:
+        return ""
+    words = (
+        f"How much of the order of {count} trials each parameter explains alone, at evaluation {at}, which "
+    )
+    words += "all of them reached. With few trials a large share can be chance."
+    return section("Importance", soft(words), _chart(figures.importance_bars(shares)))
+
+
+def _table(trials: list[Trial], ends: dict[int, TrialEnd], best: int | None, metric: str) -> str:
+    names = list(trials[0].point) if trials else []
+    rows = []
+    for trial in trials:
+        end = ends.get(trial.number)
+        step = end.step if end else trial.evaluations[-1].step if trial.evaluations else None
+        rows.append(
+            [
+                trial.number,
+                f"{trial.state}{', best' if trial.number == best else ''}",
+                "" if trial.value is None else f"{trial.value:.4f}",
+                "" if step is None else step,
+                *(show(trial.point[name]) for name in names),
+                "" if end is None or end.rung is None else end.rung,
+                end.reason if end else "",
+            ]
+        )
+    heads = ["trial", "state", metric, "step", *names, "rung", "reason"]
+    return section(
+        "Trials", soft("A click on a column sorts by it."), table(heads, rows, kind="words sorted")
+    )
+
+
+def _configuration(facts: dict[str, Any], best: int) -> str:
+    own = {**facts["config"], **facts["trials"][best]}
+    found = yaml.safe_dump({k: v for k, v in own.items() if v is not None}, sort_keys=False)
+    lines = "\n".join(map(text, found.splitlines()))
+    words = "A click selects all of it. best/config.yaml is the same, with a folder of its own to write to."
+    return section(f"Configuration of trial {best}", soft(words), f"<pre>{lines}</pre>")
