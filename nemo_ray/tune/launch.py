@@ -292,16 +292,16 @@ class SweepLaunch:
             if end.reason:
                 self.say(f"trial {number} {end.status}: {end.reason}")
         self.console.print()
-        summary.print_rows(self.console, [("report", str(self.folder.report_file))])
+        rows = [("report", str(self.folder.report_file)), ("time", duration(elapsed_s))]
         if best is not None:
             value = f"{course.metric} {course.ends[best].value:.4f}"
             rows = [
                 ("best", f"trial {best}: {value} with {describe(self.points[best])}"),
                 ("result", str(self.folder.best_dir)),
                 ("configuration", str(self.folder.best_dir / CONFIG_NAME)),
-                ("time", duration(elapsed_s)),
+                *rows,
             ]
-            summary.print_rows(self.console, rows)
+        summary.print_rows(self.console, rows)
 
     def _fail(self, error: BaseException) -> int:
         cause, line = root_cause(error), one_line(error)
