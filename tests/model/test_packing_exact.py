@@ -119,6 +119,8 @@ class _CountedProducts(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op in (torch.ops.aten._grouped_mm.default, torch.ops.aten.mm.default):
             self.counts[tuple(args[1].shape[-2:])] += 1
+        elif op == torch.ops.aten.addmm_.default:
+            self.counts[tuple(args[2].shape)] += 1
         return op(*args, **(kwargs or {}))
 
 
