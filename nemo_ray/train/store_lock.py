@@ -39,6 +39,8 @@ _LOOKS = 20
 """In the time of a watch."""
 _SLOW_PUTS = 3
 """After which a claim gives up."""
+_DELETE_PAUSES_S = (0.0, 0.3, 1.0)
+"""Before each attempt of a release to delete the object."""
 _SIZE_BYTES = 1024
 """Of every content. pyarrow 26 asks for the size first, then for that much of what may be another by then."""
 
@@ -91,8 +93,11 @@ class StoreLock:
             self._thread.join(self._beat_s)
         # Else a put under way would come after the delete. Who finds the object sees that we are gone.
         if self._num_puts and not self._thread.is_alive():
-            with contextlib.suppress(OSError):
-                self._delete()
+            for pause_s in _DELETE_PAUSES_S:
+                time.sleep(pause_s)
+                with contextlib.suppress(OSError):
+                    self._delete()
+                    break
         self._seen = None
 
     def _take(self) -> None:
@@ -166,10 +171,11 @@ class StoreLock:
     def _delete(self) -> None:
         location = parse(self.path)
         system = connect(location)
-        with system.open_input_file(location.inner) as file:
-            content = bytes(file.read())
-        if _named(content) == self.me:
-            system.delete_file(location.inner)
+        with contextlib.suppress(FileNotFoundError):  # an earlier delete's reply was lost
+            with system.open_input_file(location.inner) as file:
+                content = bytes(file.read())
+            if _named(content) == self.me:
+                system.delete_file(location.inner)
 
 
 def read_holder(url: str) -> Driver | None:

@@ -60,6 +60,7 @@ def test_killed_with_its_machine_and_continued_on_another(
     world: World, reference: RunDir, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = "s3://runs/killed"
+    store.stall_s = 5.0  # shorter than a release waits for a beat that is under way
     store.fail_some(0.03, seed=1)
     two = {"ray": {"num_workers": 2}, "micro_batch_size": 2}
     first = Machine(world, tmp_path / "first", url).train(**two)

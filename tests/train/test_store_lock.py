@@ -22,7 +22,7 @@ from nemo_ray.errors import ConfigError, NemoRayError
 from nemo_ray.train import store_lock
 from nemo_ray.train.driver import UNREADABLE, Driver, this_driver
 from nemo_ray.train.store_lock import StoreLock, read_holder
-from tests.object_store import ObjectStore, use
+from tests.object_store import Fault, ObjectStore, use
 
 LIMIT_S = 60.0
 BEAT_S, WATCH_S, SETTLE_S = 0.3, 1.5, 0.4
@@ -528,6 +528,22 @@ def test_release_leaves_no_beat_behind(
     assert begun.wait(LIMIT_S)
     lock.release()
     assert done.wait(LIMIT_S) and read(store, url) is None
+
+
+@pytest.mark.parametrize("faults", [("reset",), ("lost reply", "reset"), ("503", "500")], ids=str)
+def test_release_is_tried_again(
+    store: ObjectStore, url: str, locks: Locks, faults: tuple[Fault, ...]
+) -> None:
+    """What stays behind lets the next driver, on another machine, wait for the beats of one that is gone."""
+    for method in ("GET", "DELETE"):
+        lock = locks(beat_s=LIMIT_S)
+        lock.claim()
+        wait_until(lambda: read(store, url)["beats"] == 2)  # type: ignore[index]
+        store.settle()
+        store.fail_next(*faults, method=method)
+        lock.release()
+        store.fail_always(None)
+        assert read(store, url) is None
 
 
 def test_release_does_not_wait_for_a_store_that_is_away(store: ObjectStore, url: str, locks: Locks) -> None:
