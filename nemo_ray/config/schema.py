@@ -482,6 +482,11 @@ class TrackingSection(Section):
     wandb_name: Text | None = Field(
         None, description="Name of the run.", json_schema_extra={"default_text": "that of `output_dir`"}
     )
+    wandb_group: Text | None = Field(
+        None,
+        description="Group that the run is listed in.",
+        json_schema_extra={"default_text": "none; of a sweep's trials the name of its `output_dir`"},
+    )
     wandb_run_id: Text | None = Field(
         None,
         description="Id of the run. A continued run has the id that it began with.",
@@ -508,6 +513,11 @@ class TrackingSection(Section):
     )
     mlflow_run_name: Text | None = Field(
         None, description="Name of the run.", json_schema_extra={"default_text": "that of `output_dir`"}
+    )
+    mlflow_parent_run_id: Text | None = Field(
+        None,
+        description="Run under which this one is listed.",
+        json_schema_extra={"default_text": "none; of a sweep's trials a run of the sweep's"},
     )
 
     @property

@@ -47,8 +47,18 @@ class TuneSection(Section):
     max_hours: Positive | None = Field(
         None, description="After so long no trial begins any more, and those that run save and end."
     )
+    max_steps: PositiveInt | None = Field(
+        None, description="The same after so many steps of all trials together."
+    )
     max_tokens: PositiveInt | None = Field(
         None, description="The same after so many tokens of all trials together."
+    )
+    max_cost: Positive | None = Field(
+        None,
+        description="The same when the GPUs of all trials have cost so much; needs `price_per_gpu_hour`.",
+    )
+    price_per_gpu_hour: Positive | None = Field(
+        None, description="What a GPU costs an hour, in whatever currency: the report then shows costs."
     )
     keep_pruned_checkpoints: Bool = Field(
         False, description="Keep the checkpoints of trials that were stopped before their end."

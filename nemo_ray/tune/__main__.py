@@ -1,4 +1,4 @@
-"""`python -m nemo_ray.tune CONFIG.yaml [key=value ...]`: a sweep of the training job."""
+"""`python -m nemo_ray.tune CONFIG.yaml [key=value ...]`: a sweep of the training job; and `merge DIR ...`."""
 
 import argparse
 import sys
@@ -11,6 +11,8 @@ examples:
   python -m nemo_ray.tune configs/sweep-quickstart.yaml
   python -m nemo_ray.tune sweep.yaml tune.num_trials=20 ray.num_workers=4
   python -m nemo_ray.tune sweep.yaml --resume
+  python -m nemo_ray.tune sweep.yaml --shard 1/2      (--shard 2/2 on another cluster; see docs/sweeps.md)
+  python -m nemo_ray.tune merge DIR ...               (join the parts; merge --help says more)
   ray job submit --working-dir . -- python -m nemo_ray.tune sweep.yaml
 
 exit codes: 0 done, 1 no trial came to its end, 2 the configuration is wrong (nothing was started),
@@ -31,19 +33,52 @@ def parser() -> argparse.ArgumentParser:
         "overrides", metavar="key=value", nargs="*", help="replaces a key of the file, as in training"
     )
     result.add_argument("--resume", action="store_true", help="continue the sweep in output_dir")
+    result.add_argument(
+        "--shard",
+        metavar="i/n",
+        default="1/1",
+        help="only the i-th of n parts of the trials, for one cluster",
+    )
     return result
+
+
+def merge_parser() -> argparse.ArgumentParser:
+    """The command line that joins the parts of a sweep."""
+    result = argparse.ArgumentParser(
+        prog="python -m nemo_ray.tune merge",
+        description="Join the parts of a sweep that was split over clusters: one report, one best.",
+    )
+    result.add_argument("parts", metavar="DIR", nargs="+", help="output_dir of a part, a folder or a URL")
+    result.add_argument(
+        "--output", metavar="DIR", default="outputs/merged", help="the whole, a new folder (%(default)s)"
+    )
+    return result
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    given = merge_parser().parse_args(arguments)
+    from nemo_ray.tune.merge import merge
+    from nemo_ray.tune.table import print_merged
+
+    print_merged(merge(given.parts, given.output))
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code. A sweep that is refused is refused before torch or Ray are loaded."""
-    given = parser().parse_intermixed_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if words[:1] == ["merge"]:
+            return _merge(words[1:])
+        given = parser().parse_intermixed_args(words)
         from nemo_ray.tune.load import load_sweep
+        from nemo_ray.tune.shards import parse_shard
 
         sweep = load_sweep(given.config, given.overrides)
+        shard = parse_shard(given.shard, len(sweep.trials))
         from nemo_ray.tune.launch import run
 
-        return run(sweep, given.resume)
+        return run(sweep, given.resume, shard)
     except NemoRayError as error:
         return tell(error)
     except KeyboardInterrupt:

@@ -27,6 +27,7 @@ class Course:
     ) -> None:
         self.folder, self.metric, self.mode = folder, metric, mode
         self.numbers = tuple(numbers)
+        self._places = {number: place for place, number in enumerate(self.numbers)}
         self.closed = ""
         self.evaluations: dict[int, list[Evaluation]] = defaultdict(list)
         self.ends: dict[int, TrialEnd] = {}
@@ -59,7 +60,8 @@ class Course:
             if evaluation.number != len(known) + 1:
                 return
             known.append(evaluation)
-            self._take(self._halving.report(number, evaluation.number, evaluation.value))
+            place = self._places[number]
+            self._take(self._halving.report(place, evaluation.number, evaluation.value))
 
     def ended(self, number: int, status: str, reason: str) -> None:
         """A trial came to its end, failed, or was asked to end."""
@@ -67,7 +69,7 @@ class Course:
             self.running.discard(number)
             if status == STOPPED and number not in self._stops:
                 return  # by a signal or a budget: it can go on
-            self._take(self._halving.end(number))
+            self._take(self._halving.end(self._places[number]))
             self._record(number, status, reason)
             self._close_if_all_fail_alike()
 
@@ -112,9 +114,10 @@ class Course:
 
     def _take(self, stops: list[Stop]) -> None:
         for stop in stops:
-            self._stops[stop.number] = stop
-            if stop.number not in self.running:  # it trained on until this was known
-                self._record(stop.number, STOPPED, "")
+            number = self.numbers[stop.place]
+            self._stops[number] = stop
+            if number not in self.running:  # it trained on until this was known
+                self._record(number, STOPPED, "")
 
     def _record(self, number: int, status: str, reason: str) -> None:
         stop, known = self._stops.get(number), self.evaluations[number]

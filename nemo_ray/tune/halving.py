@@ -27,7 +27,8 @@ def rungs(first: int, last: int, eta: int = REDUCTION) -> tuple[int, ...]:
 class Stop:
     """A trial that ends at a rung, and the value that it should have had."""
 
-    number: int
+    place: int
+    """Its place among the sweep's."""
     evaluation: int
     value: float
     wanted: float
@@ -52,31 +53,31 @@ class Halving:
         self._at, self._sign, self._eta = tuple(at), 1.0 if mode == "min" else -1.0, eta
         self._trials = [_Trial() for _ in range(num_trials)]
 
-    def report(self, number: int, evaluation: int, value: float) -> list[Stop]:
+    def report(self, place: int, evaluation: int, value: float) -> list[Stop]:
         """A trial's figure at an evaluation, counted from 1; returns the trials that this ends.
 
         A figure that is no number is worse than all others. What was reported before changes nothing.
         """
-        trial = self._trials[number]
+        trial = self._trials[place]
         reached = len(trial.values)
         if trial.stopped or reached == len(self._at) or evaluation != self._at[reached]:
             return []
         trial.values.append(math.inf if math.isnan(value) else self._sign * value)
         return self._judge()
 
-    def end(self, number: int) -> list[Stop]:
+    def end(self, place: int) -> list[Stop]:
         """A trial that came to its end, or failed: it reaches no further rung.
 
         It may be among those that are stopped, now or later: then it counts as it was at that rung.
         """
-        self._trials[number].over = True
+        self._trials[place].over = True
         return self._judge()
 
     def _judge(self) -> list[Stop]:
         stops = []
         for rung, evaluation in enumerate(self._at):
             before: list[float] = []
-            for number, trial in enumerate(self._trials):
+            for place, trial in enumerate(self._trials):
                 if trial.stopped and trial.passed < rung:
                     continue
                 if trial.passed < rung or len(trial.values) <= rung:
@@ -88,7 +89,7 @@ class Halving:
                     wanted = _wanted(before, self._eta)
                     if value > wanted:
                         trial.stopped = True
-                        stops.append(Stop(number, evaluation, self._sign * value, self._sign * wanted))
+                        stops.append(Stop(place, evaluation, self._sign * value, self._sign * wanted))
                     else:
                         trial.passed += 1
                 before.append(value)

@@ -34,11 +34,15 @@ from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.launch import check_nodes, prepare_data
 from nemo_ray.train.progress import duration
+from nemo_ray.train.trackers.setup import check_trackers
+from nemo_ray.train.trackers.setup import variables_to_pass_on as trackers_variables
 from nemo_ray.tune import setup
 from nemo_ray.tune.budget import Budget
 from nemo_ray.tune.course import Course
+from nemo_ray.tune.groups import Parent
 from nemo_ray.tune.load import Sweep
 from nemo_ray.tune.report import write_report
+from nemo_ray.tune.shards import Shard
 from nemo_ray.tune.sweep_dir import BEST_NAME, CONFIG_NAME, SweepDir
 from nemo_ray.tune.table import SweepDisplay, describe, table
 from nemo_ray.tune.trial import DRIVER_CPUS, STOPPED, Shared
@@ -50,16 +54,19 @@ _DATA_ENDS_WITHIN_S = 5.0
 BY_SIGNAL = "stopped"
 
 
-def run(sweep: Sweep, resume: bool) -> int:
-    """Run or continue a sweep; returns the exit code: 0, 1 no trial finished, 2 refused, 130 stopped."""
-    return SweepLaunch(sweep, resume).run()
+def run(sweep: Sweep, resume: bool, shard: Shard) -> int:
+    """Run or continue a sweep, or a part of it; returns the exit code: 0, 1 no trial finished, 2 refused,
+    130 stopped."""
+    return SweepLaunch(sweep, resume, shard).run()
 
 
 class SweepLaunch:
     """One start of a sweep from the driver's side. Use once."""
 
-    def __init__(self, sweep: Sweep, resume: bool) -> None:
-        self.sweep, self.resume = sweep, resume
+    def __init__(self, sweep: Sweep, resume: bool, shard: Shard) -> None:
+        self.sweep, self.resume, self.shard = sweep, resume, shard
+        own = shard.numbers(len(sweep.trials))
+        self.trials = tuple(trial for trial in sweep.trials if trial.number in own)
         self.job_id = outputs.submission_id(os.environ)
         self.config = outputs.resolve_paths(sweep.base.config, self.job_id is not None, Path.cwd())
         if urls.is_url(self.config.output_dir):
@@ -71,9 +78,11 @@ class SweepLaunch:
         self.environment = session.Environment()
         self.stop_data = threading.Event()
         self.data: Background | None = None
+        self.parent: Parent | None = None
         self.interrupts = Interrupts(lambda: self._end())
-        self.points = {trial.number: trial.point for trial in sweep.trials}
+        self.points = {trial.number: trial.point for trial in self.trials}
         self.begun = self.unreported = False
+        self.outcome = "failed"
         self.error: Exception | None = None
         """What it ended with, where that was no end of its trials."""
         self._ending = threading.Lock()
@@ -105,35 +114,47 @@ class SweepLaunch:
         self.lock.claim()
         earlier: dict[str, Any] = {}
         if self.resume:
-            earlier = setup.read_earlier(self.folder, self.sweep)
+            earlier = setup.read_earlier(self.folder, self.sweep, self.shard)
         else:
             setup.check_free(self.folder, self.config.overwrite)
         section = self.sweep.section
+        check_trackers(self.config.tracking, os.environ)
         address = session.address_to_join(self.config.ray, os.environ)
         resources.require_num_workers(self.config.ray, connected=address is not None)
         weights = not self.config.reinit_weights
         config = self.config = hub.pin(self.config, weights=weights, here=address is None)
         model = hub.reference(config)
         shape = read_shape(str(hub.local_folder(model, weights=False)))
-        configs = {t.number: setup.trial_config(t, config, self.folder) for t in self.sweep.trials}
+        configs = {trial.number: setup.trial_config(trial, config, self.folder) for trial in self.trials}
         setup.check_targets(configs, shape)
         plan = plan_data(config.data, model, config.dataset_prepared_path or "")
         self._check_plan(plan, earlier)
         course = Course(self.folder, configs, section.metric, section.mode, section.scheduler == "asha")
-        budget = Budget(section, earlier.get("elapsed_s", 0.0))
+        num_trials = len(self.sweep.trials)
         if self.resume:
             course.restore()
             if not course.left():
                 self.say("all trials are done")
-                return self._conclude(course, budget)
+                gpus_per_trial = max(earlier.get("trial_gpus", ()), default=0.0)
+                return self._conclude(course, Budget(section, earlier, num_trials, gpus_per_trial))
         wanted, at_once = self._enter_ray(address)
+        gpus_per_trial = wanted.num_workers * wanted.per_worker.get("GPU", 0.0)
+        if section.max_cost is not None and not gpus_per_trial:
+            raise ConfigError("tune.max_cost: the trials use no GPU, which alone has a price; remove it")
+        budget = Budget(section, earlier, num_trials, gpus_per_trial)
         self.interrupts.collect()
         self.lock.check()
         if not self.resume:
             self.folder.clear()
-        facts = setup.facts(self.sweep, config, plan, self.job_id)
+        facts = setup.facts(self.sweep, self.shard, config, plan, self.job_id)
         facts["started_at"] = earlier.get("started_at", facts["started_at"])
-        self.folder.write({**facts, "elapsed_s": budget.elapsed_s})
+        self.parent = Parent(config.tracking, self.folder.path.name, earlier.get("mlflow_run_id"), self.say)
+        self.parent.begin()
+        if self.parent.run_id is not None:
+            facts["mlflow_run_id"] = self.parent.run_id
+            own = {"mlflow_parent_run_id": self.parent.run_id}
+            configs = {number: found.model_copy(update=own) for number, found in configs.items()}
+        self.folder.write({**facts, **budget.facts()})
         self.begun = True
         where = f"the Ray cluster at {address}" if address else "a Ray of its own on this machine"
         self._print_plan(plan, shape, course, at_once, wanted, where)
@@ -168,13 +189,14 @@ class SweepLaunch:
         else:
             variables = urls.variables_to_pass_on(store_urls(config), os.environ)
             variables |= hub.variables_to_pass_on(config, os.environ)
+            variables |= trackers_variables(config.tracking, os.environ)
             session.connect(address, self.environment, variables)
             nodes = session.nodes()
             if len(nodes) > 1:
                 check_nodes(config)
             wanted = resources.demand(config, sum(node.get("GPU", 0.0) for node in nodes))
         resources.place(wanted, nodes, config.ray.accelerator_type)  # one fits, or it says what does not
-        most = min(len(self.sweep.trials), asked or len(self.sweep.trials))
+        most = min(len(self.trials), asked or len(self.trials))
         return wanted, most_at_once(wanted, nodes, config.ray.accelerator_type, most)
 
     def _print_plan(
@@ -188,12 +210,13 @@ class SweepLaunch:
     ) -> None:
         section, count = self.sweep.section, len(course.numbers)
         done = count - len(course.left())
+        part = f" of {len(self.sweep.trials)} (part {self.shard})" if self.shard.count > 1 else ""
         rows = [
             ("model", hub.reference(self.config)),
             ("", summary.describe_model(shape)),
             *summary.describe_data(self.config, plan, wanted.num_workers),
             ("prepared", plan.directory),
-            ("trials", f"{count}, {at_once} at a time{f'; {done} are done' if done else ''}"),
+            ("trials", f"{count}{part}, {at_once} at a time{f'; {done} are done' if done else ''}"),
             ("judged by", f"{section.mode} {section.metric}, scheduler {section.scheduler}"),
             ("workers", f"for each trial {summary.describe_workers(wanted, self.config, where)}"),
         ]
@@ -226,9 +249,10 @@ class SweepLaunch:
             with contextlib.suppress(OSError):  # a hiccup of the file system is no reason to end a sweep
                 self.lock.check()
                 display.poll()
+                budget.count(set(course.running))
                 if budget.elapsed_s - noted_s >= _NOTE_EVERY_S:  # for a start after this one was killed
                     noted_s = budget.elapsed_s
-                    self.folder.write({**self.folder.read(), "elapsed_s": noted_s})
+                    self.folder.write({**self.folder.read(), **budget.facts()})
                     self._report()
                 if not course.closed:
                     self._close_where_due(course, display, budget)
@@ -268,10 +292,11 @@ class SweepLaunch:
         if best is not None:
             self.folder.publish_best(best, self._config_of(best, facts["config"]))
         ended_at = datetime.now(UTC).isoformat(timespec="seconds")
-        outcome = {"best": best, "outcome": "stopped" if left else "finished", "why": course.closed}
-        self.folder.write({**facts, **outcome, "elapsed_s": budget.elapsed_s, "ended_at": ended_at})
+        self.outcome = "stopped" if left else "finished"
+        ended = {"best": best, "outcome": self.outcome, "why": course.closed}
+        self.folder.write({**facts, **ended, **budget.facts(), "ended_at": ended_at})
         self._report()
-        self._print_result(course, best, budget.elapsed_s)
+        self._print_result(course, best, budget)
         if self.interrupts.count:
             self.say(f"stopped with {summary.plural(len(left), 'trial')} to go; go on with --resume")
             return INTERRUPTED
@@ -285,14 +310,17 @@ class SweepLaunch:
         own = {**shared, **self.points[best], "output_dir": f"{self.folder.path}-{BEST_NAME}"}
         return {name: value for name, value in own.items() if value is not None}
 
-    def _print_result(self, course: Course, best: int | None, elapsed_s: float) -> None:
+    def _print_result(self, course: Course, best: int | None, budget: Budget) -> None:
         self.console.print()
         self.console.print(table(course, self.points))
         for number, end in sorted(course.ends.items()):
             if end.reason:
                 self.say(f"trial {number} {end.status}: {end.reason}")
         self.console.print()
-        rows = [("report", str(self.folder.report_file)), ("time", duration(elapsed_s))]
+        rows = [("report", str(self.folder.report_file)), ("time", duration(budget.elapsed_s))]
+        if hours := budget.spent.gpu_hours():
+            cost = budget.spent.cost()
+            rows.append(("GPU hours", f"{hours:.2f}{f', {cost:.2f} in all' if cost is not None else ''}"))
         if best is not None:
             value = f"{course.metric} {course.ends[best].value:.4f}"
             rows = [
@@ -327,6 +355,8 @@ class SweepLaunch:
         if "ray" in sys.modules:
             session.shutdown()
         self.environment.restore()
+        if self.parent is not None:
+            self.parent.end(self.outcome)
         if self.begun and self.lock.holds():
             shutil.rmtree(self.folder.ray_dir, ignore_errors=True)
         self.lock.release()

@@ -1,12 +1,14 @@
 """Sweeps from Python: `from nemo_ray.tune import sweep; result = sweep("sweep.yaml"); result.best.params`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ray.errors import NemoRayError
+from nemo_ray.tune.budget import Spent
 from nemo_ray.tune.load import load_sweep
+from nemo_ray.tune.shards import parse_shard
 from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ class TrialResult:
     end: TrialEnd
     path: Path
     """Its run directory."""
+    seconds: float
+    gpu_hours: float
+    cost: float | None
+    """None where no price is given, or no GPU is used."""
 
     @property
     def value(self) -> float | None:
@@ -44,7 +50,8 @@ class SweepResult:
 
     @property
     def dataframe(self) -> "DataFrame":
-        """A row for each trial: number, status, the metric, evaluation, step, reason, and its parameters."""
+        """A row for each trial: number, status, the metric, evaluation, step, reason, seconds,
+        gpu_hours, cost, and its parameters."""
         from pandas import DataFrame
 
         rows = [
@@ -55,6 +62,9 @@ class SweepResult:
                 "evaluation": trial.end.evaluation,
                 "step": trial.end.step,
                 "reason": trial.end.reason,
+                "seconds": trial.seconds,
+                "gpu_hours": trial.gpu_hours,
+                "cost": trial.cost,
                 **trial.params,
             }
             for trial in self.trials
@@ -62,10 +72,13 @@ class SweepResult:
         return DataFrame(rows)
 
 
-def sweep(config: str | Path | Mapping[str, Any], *overrides: str, resume: bool = False) -> SweepResult:
+def sweep(
+    config: str | Path | Mapping[str, Any], *overrides: str, resume: bool = False, shard: str = "1/1"
+) -> SweepResult:
     """Run, or continue, a sweep, as `python -m nemo_ray.tune` does, in this process's main thread.
 
-    config: path of a YAML file, or its content. overrides: "key=value", as on the command line.
+    config: path of a YAML file, or its content. overrides: "key=value", as on the command line. shard: "i/n",
+    the i-th of n parts of the trials.
     Raises: ConfigError where it is refused, NemoRayError where no trial came to its end, KeyboardInterrupt
     after Ctrl-C. What it prints is the command's.
     """
@@ -73,7 +86,7 @@ def sweep(config: str | Path | Mapping[str, Any], *overrides: str, resume: bool 
     from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
     from nemo_ray.tune.launch import SweepLaunch
 
-    launch = SweepLaunch(found, resume)
+    launch = SweepLaunch(found, resume, parse_shard(shard, len(found.trials)))
     code = launch.run()
     if launch.error is not None:
         raise launch.error
@@ -88,10 +101,21 @@ def read_result(path: str | Path) -> SweepResult:
     """What came of the sweep in the directory `path`. Raises: FileNotFoundError where there is none."""
     folder = SweepDir(path)
     facts = folder.read()
-    trials = []
+    spent, trials = Spent.of(facts), []
     for number, params in enumerate(facts["trials"]):
         end = folder.read_end(number)
         if end is not None:
-            trials.append(TrialResult(number, params, end, folder.trial(number).path))
+            took = spent.seconds.get(number, 0.0), spent.gpu_hours(number), spent.cost(number)
+            trials.append(TrialResult(number, params, end, folder.trial(number).path, *took))
     best = next((trial for trial in trials if trial.number == facts.get("best")), None)
     return SweepResult(folder.path, facts["tune"]["metric"], tuple(trials), best)
+
+
+def merge(parts: Sequence[str | Path], output_dir: str | Path) -> SweepResult:
+    """Join the parts of a sweep that was split over clusters in `output_dir`, a new folder.
+
+    parts: their directories, or URLs of these. Raises: ConfigError where they are no parts of one sweep.
+    """
+    from nemo_ray.tune.merge import merge as join_parts
+
+    return read_result(join_parts([str(part) for part in parts], output_dir).path)

@@ -63,6 +63,9 @@ def load_sweep(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -
     section = _section(raw.pop("tune", None))
     space = _space(section)
     base = check_raw(copy.deepcopy(raw))
+    for key in ("wandb_run_id", "mlflow_parent_run_id"):
+        if getattr(base.config, key) is not None:
+            raise ConfigError(f"{key}: each trial of a sweep has a run of its own, in a group; remove it")
     fixed = base.config.to_dict()
 
     def make(number: int, point: Point) -> Trial:
@@ -92,9 +95,12 @@ def _section(raw: Any) -> TuneSection:
     if isinstance(raw.get("parameters"), dict):
         raw["parameters"] = {canonical_key(str(key)): value for key, value in raw["parameters"].items()}
     try:
-        return TuneSection.model_validate(raw)
+        section = TuneSection.model_validate(raw)
     except ValidationError as error:
         raise ConfigError("\n".join(problem_lines(error, TuneSection, "tune"))) from None
+    if section.max_cost is not None and section.price_per_gpu_hour is None:
+        raise ConfigError("tune.max_cost: needs a price; give tune.price_per_gpu_hour")
+    return section
 
 
 def _space(section: TuneSection) -> Space:

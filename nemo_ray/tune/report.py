@@ -16,8 +16,10 @@ from nemo_ray.data.charts import number, section, soft, table, text
 from nemo_ray.storage import publish_bytes
 from nemo_ray.train.progress import duration
 from nemo_ray.tune import figures
+from nemo_ray.tune.budget import Spent
 from nemo_ray.tune.course import best_of
 from nemo_ray.tune.figures import Trial
+from nemo_ray.tune.shards import Shard
 from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
 from nemo_ray.tune.trial import Teller
 
@@ -88,7 +90,7 @@ def report_page(title: str, facts: dict[str, Any], trials: list[Trial], ends: di
     ):
         if figure is not None and figure.data:
             body.append(section(name, soft(words), _chart(figure)))
-    body += [_importance(trials), _table(trials, ends, best, metric)]
+    body += [_importance(trials), _table(trials, ends, best, metric, Spent.of(facts))]
     if best is not None:
         body.append(_configuration(facts, best))
     refresh = f'<meta http-equiv="refresh" content="{REFRESH_S}">' if running else ""
@@ -106,12 +108,20 @@ def _head(
     title: str, facts: dict[str, Any], trials: list[Trial], ends: dict[int, TrialEnd], best: int | None
 ) -> str:
     states = [end.status for end in ends.values()]
+    num_trials = len(Shard.of(facts).numbers(len(facts["trials"])))
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     tiles = [
-        ("Trials", f"{len(ends)} of {len(facts['trials'])}", counts or "none has ended"),
+        ("Trials", f"{len(ends)} of {num_trials}", counts or "none has ended"),
         ("Running", number(sum(trial.state == "running" for trial in trials)), "at the moment"),
         ("Time", duration(facts.get("elapsed_s", 0.0)), "of the whole sweep"),
     ]
+    spent = Spent.of(facts)
+    if spent.most_gpus:
+        cost = spent.cost()
+        words = (
+            f"{spent.most_gpus:g} a trial" if cost is None else f"at {spent.price:g} each: {cost:,.2f} in all"
+        )
+        tiles.append(("GPU hours", f"{spent.gpu_hours():,.2f}", words))
     if best is not None:
         tiles.insert(0, ("Best", f"{ends[best].value:.4f}", f"trial {best}, {facts['tune']['metric']}"))
     cards = "".join(
@@ -144,9 +154,16 @@ def _importance(trials: list[Trial]) -> str:
     return section("Importance", soft(words), _chart(figures.importance_bars(shares)))
 
 
-def _table(trials: list[Trial], ends: dict[int, TrialEnd], best: int | None, metric: str) -> str:
+def _table(
+    trials: list[Trial], ends: dict[int, TrialEnd], best: int | None, metric: str, spent: Spent
+) -> str:
     names = list(trials[0].point) if trials else []
     rows = []
+    took = [
+        "minutes",
+        *(["GPU hours"] if spent.most_gpus else []),
+        *(["cost"] if spent.cost() is not None else []),
+    ]
     for trial in trials:
         end = ends.get(trial.number)
         step = end.step if end else trial.evaluations[-1].step if trial.evaluations else None
@@ -157,14 +174,23 @@ def _table(trials: list[Trial], ends: dict[int, TrialEnd], best: int | None, met
                 "" if trial.value is None else f"{trial.value:.4f}",
                 "" if step is None else step,
                 *(show(trial.point[name]) for name in names),
+                *_took(trial.number, spent),
                 "" if end is None or end.rung is None else end.rung,
                 end.reason if end else "",
             ]
         )
-    heads = ["trial", "state", metric, "step", *names, "rung", "reason"]
+    heads = ["trial", "state", metric, "step", *names, *took, "rung", "reason"]
     return section(
         "Trials", soft("A click on a column sorts by it."), table(heads, rows, kind="words sorted")
     )
+
+
+def _took(number: int, spent: Spent) -> list[str]:
+    """Minutes, and GPU hours and cost where there are such."""
+    hours, cost = spent.gpu_hours(number), spent.cost(number)
+    found = [f"{spent.seconds.get(number, 0.0) / 60:.1f}"]
+    found += [f"{hours:.2f}"] if spent.most_gpus else []
+    return found + ([f"{cost:.2f}"] if cost is not None else [])
 
 
 def _configuration(facts: dict[str, Any], best: int) -> str:

@@ -8,7 +8,9 @@ from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
 from nemo_ray.targets import expert_paths, find_targets, linear_paths
 from nemo_ray.train import outputs
+from nemo_ray.tune.groups import trial_keys
 from nemo_ray.tune.load import Sweep, Trial
+from nemo_ray.tune.shards import Shard
 from nemo_ray.tune.sweep_dir import SweepDir, trial_name
 
 _SHARED = ("base_model", "revision_of_model", "chat_template", "lora_model_dir", "mlflow_tracking_uri")
@@ -38,7 +40,7 @@ def check_free(folder: SweepDir, overwrite: bool) -> None:
         )
 
 
-def read_earlier(folder: SweepDir, sweep: Sweep) -> dict[str, Any]:
+def read_earlier(folder: SweepDir, sweep: Sweep, shard: Shard) -> dict[str, Any]:
     """sweep.json of the sweep to continue. Raises ConfigError where there is none, or another one."""
     if not folder.holds_sweep():
         raise ConfigError(f"output_dir: {folder.path} holds no sweep to resume; leave out --resume")
@@ -47,6 +49,10 @@ def read_earlier(folder: SweepDir, sweep: Sweep) -> dict[str, Any]:
         raise ConfigError(
             f"output_dir: the sweep in {folder.path} has other trials than this configuration makes; "
             "restore its tune section, or name another output_dir"
+        )
+    if Shard.of(earlier) != shard:
+        raise ConfigError(
+            f"--shard: {folder.path} holds part {Shard.of(earlier)} of the sweep, not {shard}; give that one"
         )
     return earlier
 
@@ -65,6 +71,7 @@ def trial_config(trial: Trial, shared: Config, folder: SweepDir) -> Config:
     update: dict[str, Any] = {name: getattr(shared, name) for name in _SHARED}
     update |= {"resume_from_checkpoint": "auto", "overwrite": False}
     update["output_dir"] = str(folder.trials_dir / trial_name(trial.number))
+    update |= trial_keys(shared.tracking, folder.path.name, trial_name(trial.number))
     return trial.config.model_copy(update=update)
 
 
@@ -78,8 +85,9 @@ def check_targets(configs: Mapping[int, Config], shape: Mapping[str, Any]) -> No
                 raise ConfigError(f"trial {number}: {error}") from None
 
 
-def facts(sweep: Sweep, config: Config, plan: DataPlan, job_id: str | None) -> dict[str, Any]:
+def facts(sweep: Sweep, shard: Shard, config: Config, plan: DataPlan, job_id: str | None) -> dict[str, Any]:
     """What sweep.json says when a sweep begins."""
     run = outputs.run_facts(config, plan, 0, job_id)
     section = sweep.section.model_dump(mode="json")
-    return {**{name: run[name] for name in _RECORDED}, "tune": section, "trials": points(sweep)}
+    own = {"tune": section, "trials": points(sweep), "shard": [shard.number, shard.count]}
+    return {**{name: run[name] for name in _RECORDED}, **own}

@@ -9,8 +9,10 @@ from rich.text import Text
 
 from nemo_ray.config.translate import show
 from nemo_ray.train.progress import duration
+from nemo_ray.train.summary import plural, print_rows
 from nemo_ray.tune.course import Course
 from nemo_ray.tune.space import Point
+from nemo_ray.tune.sweep_dir import CONFIG_NAME, SweepDir
 from nemo_ray.tune.trial import FINISHED
 
 _COLUMNS = ("trial", "parameters", "state", "step", "loss", "value", "tokens/s", "ETA")
@@ -99,3 +101,20 @@ def table(course: Course, points: dict[int, Point]) -> Table:
     if waiting:
         drawn.add_row("", f"{waiting} more have not begun", style="dim")
     return drawn
+
+
+def print_merged(folder: SweepDir) -> None:
+    """What came of joining the parts of a sweep."""
+    console = Console(highlight=False)
+    facts = folder.read()
+    metric, best, count = facts["tune"]["metric"], facts["best"], len(facts["trials"])
+    ended = [end for number in range(count) if (end := folder.read_end(number)) is not None]
+    rows = [("trials", f"{len(ended)} of {count} have ended, in {plural(len(facts['parts']), 'part')}")]
+    if best is not None:
+        value = next(end.value for end in ended if end.number == best)
+        rows += [
+            ("best", f"trial {best}: {metric} {value:.4f} with {describe(facts['trials'][best])}"),
+            ("result", str(folder.best_dir)),
+            ("configuration", str(folder.best_dir / CONFIG_NAME)),
+        ]
+    print_rows(console, [*rows, ("report", str(folder.report_file))])

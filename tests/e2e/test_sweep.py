@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from nemo_ray.config.load import load_config
@@ -80,14 +81,30 @@ def test_the_best_trials_result_is_there_with_its_configuration(swept: SweepDir)
     assert facts["outcome"] == "finished" and len(facts["trials"]) == len(RATES)
 
 
-def test_killed_and_resumed_it_ends_the_same(world: World, swept: SweepDir) -> None:
+def assert_listed_under_one_run(uri: str, found: SweepDir) -> None:
+    """Each trial has one run in MLflow, also those that ran twice, below one of the sweep's."""
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("mine")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop("sweep-killed")
+    assert parent.info.run_id == found.read()["mlflow_run_id"] and parent.info.status == "FINISHED"
+    assert runs.keys() == {f"sweep-killed-00{number}" for number in range(len(RATES))}
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    assert "eval/loss" in runs["sweep-killed-000"].data.metrics
+
+
+def test_killed_and_resumed_it_ends_the_same(
+    world: World, swept: SweepDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = folder(world, "sweep-killed")
-    started = begin(world, "sweep-killed")
+    store = {"mlflow_tracking_uri": f"file://{tmp_path}/store", "mlflow_experiment_name": "mine"}
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    started = begin(world, "sweep-killed", **store)
     started.wait_until(lambda: found.read_end(1) is not None or found.read_end(0) is not None, 600)
     started.kill_tree()
     unfinished = [number for number, end in enumerate(ends(found)) if end is None]
     assert unfinished
-    again = begin(world, "sweep-killed", "--resume")
+    again = begin(world, "sweep-killed", "--resume", **store)
     assert again.end(900) == 0, again.output
     assert found.read()["best"] == swept.read()["best"]
     for mine, other in zip(ends(found), ends(swept), strict=True):
@@ -100,7 +117,8 @@ def test_killed_and_resumed_it_ends_the_same(world: World, swept: SweepDir) -> N
         )
         assert mine.value == pytest.approx(other.value, rel=1e-5) if mine.value else other.value is None
     assert_same_course(found.trial(0), swept.trial(0), rtol=1e-5)
-    once_more = begin(world, "sweep-killed", "--resume")
+    assert_listed_under_one_run(store["mlflow_tracking_uri"], found)
+    once_more = begin(world, "sweep-killed", "--resume", **store)
     assert once_more.end(120) == 0 and "all trials are done" in once_more.output
 
 

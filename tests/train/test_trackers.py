@@ -29,6 +29,7 @@ from tests.train.tracker_readers import (
     tensorboard_points,
     tensorboard_texts,
     wandb_config,
+    wandb_group,
     wandb_points,
 )
 
@@ -243,13 +244,14 @@ def test_event_files_hold_all_rows_before_a_checkpoint_is_there(runs: Runs) -> N
 def test_wandb_offline(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", "hunter2" * 6)
-    run = killed_and_resumed(runs, "wandb", wandb_project="nemotron")
+    run = killed_and_resumed(runs, "wandb", wandb_project="nemotron", wandb_group="ours")
     run_id = run.read_trackers()["wandb_run_id"]
     files = sorted(run.wandb_dir.glob("offline-run-*/*.wandb"))
     assert {file.name for file in files} == {f"run-{run_id}.wandb"}  # the same id in each attempt
     assert_shown(wandb_points(files[-1]), run)
     written = [path.read_bytes() for path in run.path.rglob("*") if path.is_file()]
     assert not any(b"hunter2" in data for data in written)
+    assert all(wandb_group(file) == "ours" for file in files)
     found = wandb_config(files[-1])
     assert found["config"]["learning_rate"] == 0.01 and found["data"]["rows"] == 40
     assert run.read_run()["notices"] == []

@@ -72,6 +72,14 @@ def wandb_config(file: Path) -> dict[str, Any]:
     raise AssertionError("no run in the file")
 
 
+def wandb_group(file: Path) -> str:
+    """The group that a `.wandb` file's run is in."""
+    (group,) = {
+        record.run.run_group for record in _wandb_records(file.read_bytes()) if record.HasField("run")
+    }
+    return str(group)
+
+
 def _wandb_records(data: bytes) -> Iterator[Any]:
     """A header of 7 bytes, then LevelDB's log: parts of records in blocks of 32 KiB."""
     from wandb.proto.wandb_internal_pb2 import Record

@@ -30,10 +30,10 @@ def play(
             new = halving.report(number, running[number], curves[number][running[number] - 1])
         for stop in new:
             stops.append(stop)
-            if running.pop(stop.number, None) is not None:
-                new = halving.end(stop.number)
+            if running.pop(stop.place, None) is not None:
+                new = halving.end(stop.place)
                 assert not new
-    return sorted(stops, key=lambda stop: stop.number)
+    return sorted(stops, key=lambda stop: stop.place)
 
 
 def curves(draw: random.Random, count: int, length: int) -> list[list[float]]:
@@ -49,7 +49,7 @@ def test_the_order_of_reports_changes_nothing(seed: int) -> None:
     given = curves(draw, draw.randrange(2, 14), 9)
     at = rungs(draw.choice([1, 2]), 9)
     wanted = play(given, at, 1, draw)
-    assert len({stop.number for stop in wanted}) == len(wanted)
+    assert len({stop.place for stop in wanted}) == len(wanted)
     for concurrent in (1, 2, 3, 5, 20):
         for _ in range(5):
             assert play(given, at, concurrent, draw) == wanted
@@ -62,7 +62,7 @@ def test_rungs() -> None:
 def test_the_best_third_goes_on() -> None:
     # One after the other, worse each time: of the trials up to itself each is the worst.
     stops = play([[value] * 4 for value in (1.0, 2.0, 3.0, 4.0)], (1, 3), 1, random.Random(0))
-    assert [(stop.number, stop.evaluation) for stop in stops] == [(1, 1), (2, 1), (3, 1)]
+    assert [(stop.place, stop.evaluation) for stop in stops] == [(1, 1), (2, 1), (3, 1)]
     assert (stops[0].value, stops[0].wanted) == (2.0, 1.0) and stops[2].wanted == 2.0
     # Better each time: nobody is stopped.
     assert not play([[value] * 4 for value in (4.0, 3.0, 2.0, 1.0)], (1, 3), 1, random.Random(0))
@@ -74,7 +74,7 @@ def test_a_figure_that_is_no_number_is_the_worst() -> None:
     halving = Halving((1,), 3, "max")
     assert halving.report(0, 1, 0.5) == []
     (stop,) = halving.report(1, 1, math.nan)
-    assert stop.number == 1 and halving.report(2, 1, 0.6) == []
+    assert stop.place == 1 and halving.report(2, 1, 0.6) == []
 
 
 def test_who_comes_early_waits_and_is_stopped_later() -> None:

@@ -18,7 +18,8 @@ def done(tmp_path: Path) -> Path:
     folder.trial(2).path.mkdir(parents=True)
     folder.write_end(TrialEnd(0, "stopped", 1, 4.0, 10, "worse"))
     folder.write_end(TrialEnd(2, "finished", 3, 3.0, 30))
-    folder.write({"tune": {"metric": "eval_loss"}, "trials": points, "best": 2})
+    facts = {"tune": {"metric": "eval_loss", "price_per_gpu_hour": 2.5}, "trials": points, "best": 2}
+    folder.write({**facts, "trial_seconds": [900.0, 0.0, 1800.0], "trial_gpus": [2.0] * 3})
     return folder.path
 
 
@@ -28,6 +29,7 @@ def test_a_result_is_read_from_its_directory(done: Path) -> None:
     assert result.best.path == done / "trials" / "002"
     table = result.dataframe
     assert list(table["number"]) == [0, 2] and list(table["lora_r"]) == [4, 16]
+    assert list(table["gpu_hours"]) == [0.5, 1.0] and list(table["cost"]) == [1.25, 2.5]
     assert list(table["eval_loss"]) == [4.0, 3.0] and list(table["status"]) == ["stopped", "finished"]
 
 

@@ -106,6 +106,10 @@ def test_sets_of_targets_and_axolotls_spellings(folder: Path) -> None:
             ["tune.num_trials: 4, but the space has 3 points; set it to that"],
         ),
         (
+            {"parameters": {"lora_r": [4]}, "max_cost": 10},
+            ["tune.max_cost: needs a price; give tune.price_per_gpu_hour"],
+        ),
+        (
             {"parameters": {"lora_r": [8, -1]}, "search": "grid"},
             ["trial 1 (lora_r=-1): lora_r: -1 is not valid; give a whole number above 0"],
         ),
@@ -122,3 +126,9 @@ def test_what_is_wrong_is_told_before_anything_starts(folder: Path, tune: Any, l
     assert len(found) == len(lines), found
     for line, start in zip(found, lines, strict=True):
         assert line.startswith(start), line
+
+
+@pytest.mark.parametrize("key", ["wandb_run_id", "mlflow_parent_run_id"])
+def test_trials_do_not_share_a_run_in_a_tracker(folder: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{key}: each trial of a sweep has a run of its own"):
+        load(folder, {"parameters": {"lora_r": [4]}}, **{key: "abc"})

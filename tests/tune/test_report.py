@@ -33,8 +33,8 @@ ENDS = [
 ]
 
 
-def write_sweep(path: Path, ended: bool = True, begun: int = 4) -> SweepDir:
-    """A sweep of five, the last of which has not begun."""
+def write_sweep(path: Path, ended: bool = True, begun: int = 4, **more: Any) -> SweepDir:
+    """A sweep of five, the last of which has not begun. `more`: facts."""
     folder = SweepDir(path)
     facts = {"tune": {"metric": "eval_loss", "mode": "min"}, "trials": POINTS, "elapsed_s": 75.0}
     facts["config"] = {"base_model": "a<b", "lora_r": 4, "deepspeed": None}
@@ -48,6 +48,7 @@ def write_sweep(path: Path, ended: bool = True, begun: int = 4) -> SweepDir:
         run.flush_metrics()
         if ended:
             folder.write_end(ENDS[number])
+    facts |= more
     folder.write(facts | ({"outcome": "finished", "best": 1} if ended else {}))
     write_report(folder)
     return folder
@@ -149,3 +150,16 @@ def test_a_long_line_is_thinned_and_keeps_its_end() -> None:
     thinned = thin(points)
     assert len(thinned) <= MOST_POINTS and thinned[-1] == points[-1] and thinned == sorted(thinned)
     assert thin(points[:MOST_POINTS]) == points[:MOST_POINTS]
+
+
+def test_gpu_hours_and_costs_are_shown_where_there_are_such(tmp_path: Path, page: str) -> None:
+    assert "GPU hours" not in page and '<th scope="col">cost' not in page
+    facts = {"trial_seconds": [3600.0, 7200.0, 0.0, 0.0, 0.0], "trial_gpus": [0.5] * 5}
+    hours = write_sweep(tmp_path / "hours", **facts).report_file.read_text()
+    assert "<dt>GPU hours</dt><dd>1.50<small>0.5 a trial" in hours and "cost</th>" not in hours
+    tune = {"metric": "eval_loss", "mode": "min", "price_per_gpu_hour": 3.0}
+    costs = write_sweep(tmp_path / "costs", **facts, tune=tune).report_file.read_text()
+    assert "at 3 each: 4.50 in all" in costs
+    (row,) = re.findall(r"<tr>(?:(?!</tr>).)*finished, best.*?</tr>", costs)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", row)
+    assert cells[-5:-2] == ["120.0", "1.00", "3.00"]

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from nemo_ray.config.tune_schema import TuneSection
 from nemo_ray.train.resources import Demand
-from nemo_ray.tune.budget import Budget, tokens_of
+from nemo_ray.tune.budget import Budget, Spent, trained
 from nemo_ray.tune.course import Course
 from nemo_ray.tune.launch import most_at_once
 from nemo_ray.tune.sweep_dir import SweepDir
@@ -44,14 +45,14 @@ def test_as_many_trials_at_a_time_as_fit(
     assert most_at_once(wanted, nodes, None, most) == fit
 
 
-def test_tokens_of_all_trials_are_counted(tmp_path: Path) -> None:
+def test_steps_and_tokens_of_all_trials_are_counted(tmp_path: Path) -> None:
     course = Course(SweepDir(tmp_path), (0, 1, 2), "eval_loss", "min", True)
     for number in (0, 2):
         course.run(number).path.mkdir(parents=True)
         course.run(number).append_metrics({"step": 0, "eval_loss": 1.0})
         course.run(number).append_metrics({"step": 1, "loss": 1.0, "tokens": 100})
         course.run(number).append_metrics({"step": 2, "loss": 1.0, "tokens": 50})
-    assert tokens_of(course) == 300
+    assert trained(course) == (4, 300)
 
 
 def printed(course: Course, points: dict[int, dict[str, object]]) -> str:
@@ -140,18 +141,53 @@ def test_an_empty_or_prepared_folder_is_free(tmp_path: Path) -> None:
     assert folder.foreign_entries() == ["thesis.tex"]
 
 
+class Clock:
+    """Stands where a test puts it."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def budget(earlier: dict[str, Any], gpus: float = 0.0, **limits: Any) -> tuple[Budget, Clock]:
+    clock = Clock()
+    return Budget(TuneSection(parameters={"lora_r": [1]}, **limits), earlier, 3, gpus, clock), clock
+
+
 def test_a_budget_counts_earlier_starts(tmp_path: Path) -> None:
     course = Course(SweepDir(tmp_path), (0,), "eval_loss", "min", True)
-    section = TuneSection(parameters={"lora_r": [1]}, max_hours=1.0, max_tokens=10)
-    now = [100.0]
-    budget = Budget(section, 1800.0, lambda: now[0])
-    assert budget.elapsed_s == 1800.0 and not budget.over(course)
-    now[0] += 1799.0
-    assert not budget.over(course)
-    now[0] += 1.0
-    assert budget.over(course) == "tune.max_hours: 1 are over"
-    section = TuneSection(parameters={"lora_r": [1]}, max_tokens=10)
+    found, clock = budget({"elapsed_s": 1800.0}, max_hours=1.0, max_tokens=10)
+    assert found.elapsed_s == 1800.0 and not found.over(course)
+    clock.now_s += 1799.0
+    assert not found.over(course)
+    clock.now_s += 1.0
+    assert found.over(course) == "tune.max_hours: 1 are over"
     course.run(0).path.mkdir(parents=True)
     course.run(0).append_metrics({"step": 1, "loss": 1.0, "tokens": 10})
-    assert Budget(section, 0.0).over(course) == "tune.max_tokens: 10 are trained"
-    assert not Budget(TuneSection(parameters={"lora_r": [1]}), 1e9).over(course)
+    assert budget({}, max_tokens=10)[0].over(course) == "tune.max_tokens: 10 are trained"
+    assert budget({}, max_steps=1)[0].over(course) == "tune.max_steps: 1 are trained"
+    assert not budget({}, max_steps=2, max_tokens=11)[0].over(course)
+    assert not budget({"elapsed_s": 1e9})[0].over(course)
+
+
+def test_what_trials_cost_is_counted_over_all_starts(tmp_path: Path) -> None:
+    course = Course(SweepDir(tmp_path), (0, 1, 2), "eval_loss", "min", True)
+    limits = {"max_cost": 6.0, "price_per_gpu_hour": 2.0}
+    found, clock = budget({}, 0.5, **limits)
+    found.count({0})
+    clock.now_s += 3600.0
+    found.count({0, 1})
+    clock.now_s += 3600.0
+    found.count({1})
+    assert found.spent.seconds == {0: 3600.0, 1: 7200.0}
+    assert found.spent.gpu_hours() == 1.5 and found.spent.cost(1) == 2.0 and not found.over(course)
+    again, clock = budget(found.facts(), 0.5, **limits)
+    clock.now_s += 3 * 3600.0
+    again.count({2})
+    assert again.over(course) == "tune.max_cost: 6 are spent"
+    section = TuneSection(parameters={"lora_r": [1]}, **limits).model_dump(mode="json")
+    recorded = Spent.of({**again.facts(), "tune": section})
+    assert recorded == again.spent and recorded.cost() == 6.0
+    assert budget({}, 0.5)[0].spent.cost() is None and budget({}, 0.0, **limits)[0].spent.cost() is None

@@ -13,6 +13,7 @@ from nemo_ray.train.trackers.rows import Row, figures, flat
 
 _METRICS_A_REQUEST, _PARAMETERS_A_REQUEST = 1000, 100  # the server's limits
 _PARAMETER_CHARACTERS = 6000
+_PARENT_TAG = "mlflow.parentRunId"
 _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -54,10 +55,7 @@ class MLflow:
         self.log(self._history)
 
     def _create(self) -> str:
-        name = self._tracking.mlflow_experiment_name or "Default"
-        experiment = self._client.get_experiment_by_name(name)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
-        run_id = str(self._client.create_run(number, run_name=self._run_name).info.run_id)
+        run_id = _create_run(self._client, self._tracking, self._run_name)
         self._keep_id(run_id)
         return run_id
 
@@ -85,3 +83,30 @@ class MLflow:
 
     def close(self, outcome: str) -> None:
         self._client.set_terminated(self._run_id, _STATUS[outcome])
+
+
+def begin_parent(tracking: TrackingSection, run_name: str, run_id: str | None) -> str:
+    """The run, new or continued, under which others are listed; returns its id. Raises what MLflow raises."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracking.mlflow_tracking_uri)
+    if run_id is None:
+        return _create_run(client, tracking, run_name)
+    client.update_run(run_id, status="RUNNING")
+    return run_id
+
+
+def end_parent(tracking: TrackingSection, run_id: str, outcome: str) -> None:
+    """Its end: `finished`, `stopped` or `failed`. Raises what MLflow raises."""
+    from mlflow import MlflowClient
+
+    MlflowClient(tracking_uri=tracking.mlflow_tracking_uri).set_terminated(run_id, _STATUS[outcome])
+
+
+def _create_run(client: Any, tracking: TrackingSection, run_name: str) -> str:
+    name = tracking.mlflow_experiment_name or "Default"
+    experiment = client.get_experiment_by_name(name)
+    number = experiment.experiment_id if experiment else client.create_experiment(name)
+    parent = tracking.mlflow_parent_run_id
+    tags = {} if parent is None else {_PARENT_TAG: parent}
+    return str(client.create_run(number, run_name=run_name, tags=tags).info.run_id)

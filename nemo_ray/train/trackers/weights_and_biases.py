@@ -46,6 +46,7 @@ class WeightsAndBiases:
             project=tracking.wandb_project,
             entity=tracking.wandb_entity,
             name=tracking.wandb_name or self._folder.parent.name,
+            group=tracking.wandb_group,
             id=self._run_id,
             dir=str(self._folder.parent),
             mode=mode,

@@ -1,0 +1,38 @@
+"""A part of a sweep for one cluster: which trials it has."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_ray.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `number` of `count`, from 1: every `count`-th trial. The whole sweep is 1 of 1."""
+
+    number: int = 1
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def numbers(self, num_trials: int) -> range:
+        """The numbers of its trials, which they have in the whole sweep."""
+        return range(self.number - 1, num_trials, self.count)
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> "Shard":
+        """That of the sweep whose sweep.json says `facts`."""
+        return cls(*facts.get("shard", (1, 1)))
+
+
+def parse_shard(text: str, num_trials: int) -> Shard:
+    """ "2/3". Raises: ConfigError where that is no part, or one without trials."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ConfigError(f"--shard: {text} is no part; give i/n, such as 1/2 and 2/2 on two clusters")
+    found = Shard(int(number), int(count))
+    if not found.numbers(num_trials):
+        raise ConfigError(f"--shard: {text} of {num_trials} trials has none; give fewer parts")
+    return found
