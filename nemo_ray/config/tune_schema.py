@@ -33,10 +33,12 @@ class TuneSection(Section):
         "random",
         description="`grid`: every combination of the lists. `random`: distinct points drawn from `seed`.",
     )
-    scheduler: Literal["none", "asha"] = Field(
+    scheduler: Literal["none", "asha", "hyperband", "median"] = Field(
         "asha",
         description="`asha`: at the 1st, 3rd, 9th, ... evaluation a trial goes on if it is among the best "
-        "third of those that got there. `none`: every trial trains to its end.",
+        "third of those that got there. `hyperband`: the same for five of eight trials, from the 3rd "
+        "evaluation on for two and from the 9th for one. `median`: at each evaluation it goes on if it is "
+        "among the better half. `none`: every trial trains to its end.",
     )
     seed: Seed = Field(0, description="Of the search.")
     max_concurrent: PositiveInt | None = Field(

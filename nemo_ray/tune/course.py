@@ -10,20 +10,19 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from nemo_ray.run_dir import RunDir
-from nemo_ray.tune.halving import Halving, Stop, rungs
+from nemo_ray.tune.halving import Schedule, Stop
 from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
 from nemo_ray.tune.trial import FAILED, FINISHED, STOPPED, Evaluation, Teller
 
 ALIKE = 3
 """So many trials that fail in the same way, before any other has come to an end, end the sweep."""
-_MOST_EVALUATIONS = 10**6
 
 
 class Course:
     """One sweep's state. `closed` says why no trial begins any more; "" while they do."""
 
     def __init__(
-        self, folder: SweepDir, numbers: Iterable[int], metric: str, mode: str, halving: bool
+        self, folder: SweepDir, numbers: Iterable[int], metric: str, mode: str, scheduler: str
     ) -> None:
         self.folder, self.metric, self.mode = folder, metric, mode
         self.numbers = tuple(numbers)
@@ -32,8 +31,7 @@ class Course:
         self.evaluations: dict[int, list[Evaluation]] = defaultdict(list)
         self.ends: dict[int, TrialEnd] = {}
         self.running: set[int] = set()
-        self._rungs = rungs(1, _MOST_EVALUATIONS) if halving else ()
-        self._halving = Halving(self._rungs, len(self.numbers), mode)
+        self._schedule = Schedule(scheduler, len(self.numbers), mode)
         self._stops: dict[int, Stop] = {}
         self._lock = threading.RLock()
 
@@ -61,7 +59,7 @@ class Course:
                 return
             known.append(evaluation)
             place = self._places[number]
-            self._take(self._halving.report(place, evaluation.number, evaluation.value))
+            self._take(self._schedule.report(place, evaluation.number, evaluation.value))
 
     def ended(self, number: int, status: str, reason: str) -> None:
         """A trial came to its end, failed, or was asked to end."""
@@ -69,7 +67,7 @@ class Course:
             self.running.discard(number)
             if status == STOPPED and number not in self._stops:
                 return  # by a signal or a budget: it can go on
-            self._take(self._halving.end(self._places[number]))
+            self._take(self._schedule.end(self._places[number]))
             self._record(number, status, reason)
             self._close_if_all_fail_alike()
 
@@ -124,7 +122,8 @@ class Course:
         if stop is not None and status != FAILED:
             at, step = stop.evaluation, known[stop.evaluation - 1].step
             reason = f"{self.metric} {stop.value:.4f} at step {step}; {stop.wanted:.4f} was wanted to go on"
-            end = TrialEnd(number, STOPPED, at, stop.value, step, reason, self._rungs.index(at))
+            rung = self._schedule.rung(self._places[number], at)
+            end = TrialEnd(number, STOPPED, at, stop.value, step, reason, rung)
         else:
             last = known[-1] if known else Evaluation(0, 0, math.nan)
             value = last.value if known else None

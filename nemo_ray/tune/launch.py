@@ -129,7 +129,7 @@ class SweepLaunch:
         setup.check_targets(configs, shape)
         plan = plan_data(config.data, model, config.dataset_prepared_path or "")
         self._check_plan(plan, earlier)
-        course = Course(self.folder, configs, section.metric, section.mode, section.scheduler == "asha")
+        course = Course(self.folder, configs, section.metric, section.mode, section.scheduler)
         num_trials = len(self.sweep.trials)
         if self.resume:
             course.restore()

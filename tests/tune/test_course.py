@@ -13,8 +13,8 @@ LOSSES = {0: [5.0, 4.0, 3.5, 3.2], 1: [4.8, 4.1, 3.7, 3.6], 2: [6.0, 5.9, 5.8, 5
 STEPS = 10
 
 
-def course(path: Path, halving: bool = True, mode: str = "min") -> Course:
-    return Course(SweepDir(path), LOSSES, "eval_loss", mode, halving)
+def course(path: Path, scheduler: str = "asha", mode: str = "min") -> Course:
+    return Course(SweepDir(path), LOSSES, "eval_loss", mode, scheduler)
 
 
 def write_rows(course: Course, number: int, count: int) -> None:
@@ -77,14 +77,14 @@ def test_killed_and_restored_it_ends_the_same(tmp_path: Path, most: int) -> None
 
 
 def test_without_a_scheduler_every_trial_ends_by_itself(tmp_path: Path) -> None:
-    one = course(tmp_path, halving=False)
+    one = course(tmp_path, scheduler="none")
     play(one, random.Random(0))
     assert {end.status for end in one.ends.values()} == {FINISHED}
-    assert course(tmp_path, halving=False).folder.read_end(2) == one.ends[2]
+    assert course(tmp_path, scheduler="none").folder.read_end(2) == one.ends[2]
 
 
 def test_more_may_be_better(tmp_path: Path) -> None:
-    one = course(tmp_path, halving=False, mode="max")
+    one = course(tmp_path, scheduler="none", mode="max")
     play(one, random.Random(0))
     assert one.best() == 2
 
@@ -133,7 +133,7 @@ def test_a_failure_among_others_does_not(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
-    one = course(tmp_path, halving=False)
+    one = course(tmp_path, scheduler="none")
     for number, value in ((0, float("nan")), (1, 2.0)):
         one.started(number)
         one.evaluated(number, Evaluation(1, 1, value))

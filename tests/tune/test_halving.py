@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from nemo_ray.tune.halving import Halving, Stop, rungs
+from nemo_ray.tune.halving import Halving, Schedule, Stop, rungs
 
 Curves = Sequence[Sequence[float]]
 
@@ -15,7 +15,12 @@ def play(
     curves: Curves, at: Sequence[int], concurrent: int, draw: random.Random, mode: str = "min"
 ) -> list[Stop]:
     """A sweep of trials that start by number, so many at a time, each as fast as it likes."""
-    halving = Halving(at, len(curves), mode)
+    return play_with(Halving(at, len(curves), mode), curves, concurrent, draw)
+
+
+def play_with(
+    halving: Halving | Schedule, curves: Curves, concurrent: int, draw: random.Random
+) -> list[Stop]:
     running: dict[int, int] = {}
     waiting, stops = list(range(len(curves))), []
     while waiting or running:
@@ -91,3 +96,43 @@ def test_reports_again_after_a_resume_change_nothing() -> None:
     assert len(halving.report(1, 1, 2.0)) == 1
     for number, value in ((0, 1.0), (1, 2.0), (1, 0.1)):
         assert halving.report(number, 1, value) == []
+
+
+@pytest.mark.parametrize("name", ["none", "asha", "hyperband", "median"])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_scheduler_depends_on_the_order_of_reports(name: str, seed: int) -> None:
+    draw = random.Random(seed)
+    given = curves(draw, draw.randrange(8, 24), 12)
+
+    def stops(concurrent: int) -> list[Stop]:
+        return play_with(Schedule(name, len(given), "min"), given, concurrent, draw)
+
+    wanted = stops(1)
+    assert bool(wanted) == (name != "none")
+    for concurrent in (2, 4, 24):
+        assert stops(concurrent) == wanted
+
+
+def test_brackets_of_hyperband_begin_later_and_compare_their_own() -> None:
+    worse = [[float(number)] * 10 for number in range(16)]  # each worse than all before it
+    schedule = Schedule("hyperband", 16, "min")
+    stops = {stop.place: stop for stop in play_with(schedule, worse, 4, random.Random(0))}
+    firsts = {0: None, 2: None, 4: None}  # of each bracket
+    assert stops.keys() == set(range(16)) - firsts.keys()
+    later, latest = {2, 6, 10, 14}, {4, 12}
+    for place, stop in stops.items():
+        assert stop.evaluation == (9 if place in latest else 3 if place in later else 1)
+        assert schedule.rung(place, stop.evaluation) == 0
+    assert stops[6].wanted == 2.0 and stops[12].wanted == 4.0
+
+
+def test_the_better_half_goes_on_by_the_median() -> None:
+    schedule = Schedule("median", 6, "min")
+    given = [[5.0, 5.0, 1.0], [3.0, 3.0, 3.0], [9.0, 9.0, 2.0], [4.0, 6.0, 0.0], [8.0], [2.0, 1.0, 2.5]]
+    stops = play_with(schedule, given, 3, random.Random(0))
+    assert [(stop.place, stop.evaluation, stop.wanted) for stop in stops] == [
+        (3, 2, 5.0),
+        (4, 1, 5.0),
+        (5, 3, 2.0),
+    ]
+    assert schedule.rung(3, 2) == 1

@@ -81,7 +81,7 @@ def test_sets_of_targets_and_axolotls_spellings(folder: Path) -> None:
             {"parameters": {"lora_r": [4]}, "num_trials": 0, "scheduler": "best"},
             [
                 "tune.num_trials: 0 is not valid; give a whole",
-                "tune.scheduler: best is not valid; give none or asha",
+                "tune.scheduler: best is not valid; give none, asha, hyperband or median",
             ],
         ),
         (

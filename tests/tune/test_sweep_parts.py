@@ -46,7 +46,7 @@ def test_as_many_trials_at_a_time_as_fit(
 
 
 def test_steps_and_tokens_of_all_trials_are_counted(tmp_path: Path) -> None:
-    course = Course(SweepDir(tmp_path), (0, 1, 2), "eval_loss", "min", True)
+    course = Course(SweepDir(tmp_path), (0, 1, 2), "eval_loss", "min", "asha")
     for number in (0, 2):
         course.run(number).path.mkdir(parents=True)
         course.run(number).append_metrics({"step": 0, "eval_loss": 1.0})
@@ -62,7 +62,7 @@ def printed(course: Course, points: dict[int, dict[str, object]]) -> str:
 
 
 def test_the_table_tells_of_all_trials(tmp_path: Path) -> None:
-    course = Course(SweepDir(tmp_path), range(5), "eval_loss", "min", False)
+    course = Course(SweepDir(tmp_path), range(5), "eval_loss", "min", "none")
     points: dict[int, dict[str, object]] = {n: {"lora_r": 4 + n, "learning_rate": 1e-4} for n in range(5)}
     for number, value in ((0, 3.0), (1, 2.0), (2, 9.0)):
         course.started(number)
@@ -91,7 +91,7 @@ def test_the_table_tells_of_all_trials(tmp_path: Path) -> None:
 
 
 def test_a_log_gets_a_line_for_each_change(tmp_path: Path) -> None:
-    course = Course(SweepDir(tmp_path), range(2), "eval_loss", "min", False)
+    course = Course(SweepDir(tmp_path), range(2), "eval_loss", "min", "none")
     console = Console(file=io.StringIO(), width=120)
     with SweepDisplay(console, course, {0: {"lora_r": 4}, 1: {"lora_r": 8}}) as display:
         for number in range(2):
@@ -157,7 +157,7 @@ def budget(earlier: dict[str, Any], gpus: float = 0.0, **limits: Any) -> tuple[B
 
 
 def test_a_budget_counts_earlier_starts(tmp_path: Path) -> None:
-    course = Course(SweepDir(tmp_path), (0,), "eval_loss", "min", True)
+    course = Course(SweepDir(tmp_path), (0,), "eval_loss", "min", "asha")
     found, clock = budget({"elapsed_s": 1800.0}, max_hours=1.0, max_tokens=10)
     assert found.elapsed_s == 1800.0 and not found.over(course)
     clock.now_s += 1799.0
@@ -173,7 +173,7 @@ def test_a_budget_counts_earlier_starts(tmp_path: Path) -> None:
 
 
 def test_what_trials_cost_is_counted_over_all_starts(tmp_path: Path) -> None:
-    course = Course(SweepDir(tmp_path), (0, 1, 2), "eval_loss", "min", True)
+    course = Course(SweepDir(tmp_path), (0, 1, 2), "eval_loss", "min", "asha")
     limits = {"max_cost": 6.0, "price_per_gpu_hour": 2.0}
     found, clock = budget({}, 0.5, **limits)
     found.count({0})
