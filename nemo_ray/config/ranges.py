@@ -57,9 +57,20 @@ class Range:
             return math.exp(math.log(self.low) + part * (math.log(self.high) - math.log(self.low)))
         if self.step is None:
             return self.low + part * (self.high - self.low)
-        first, last = math.ceil(self.low / self.step), math.floor(self.high / self.step)
-        value = (first + math.floor(part * (last - first + 1))) * self.step
+        multiples = self.multiples
+        return self.multiple(multiples[math.floor(part * len(multiples))])
+
+    @property
+    def multiples(self) -> range:
+        """Of `step`, those that lie in the range. Only where there is a step."""
+        assert self.step is not None
+        return range(math.ceil(self.low / self.step), math.floor(self.high / self.step) + 1)
+
+    def multiple(self, count: int) -> float | int:
+        """`count` times `step`; whole where all of the range's numbers are."""
+        assert self.step is not None
         whole = all(float(number).is_integer() for number in (self.low, self.high, self.step))
+        value = count * self.step
         return round(value) if whole else round(value, 12)
 
 

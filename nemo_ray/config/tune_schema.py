@@ -29,9 +29,10 @@ class TuneSection(Section):
         description="How many trials. A grid that has more points is refused.",
         json_schema_extra={"default_text": "the grid's points; 10 otherwise"},
     )
-    search: Literal["grid", "random"] = Field(
+    search: Literal["grid", "random", "optuna"] = Field(
         "random",
-        description="`grid`: every combination of the lists. `random`: distinct points drawn from `seed`.",
+        description="`grid`: every combination of the lists. `random`: distinct points drawn from `seed`. "
+        "`optuna`: what Optuna's TPE proposes after the results so far (`pip install nemo-ray[optuna]`).",
     )
     scheduler: Literal["none", "asha", "hyperband", "median"] = Field(
         "asha",

@@ -58,7 +58,7 @@ def merge_parser() -> argparse.ArgumentParser:
 def _merge(arguments: Sequence[str]) -> int:
     given = merge_parser().parse_args(arguments)
     from nemo_ray.tune.merge import merge
-    from nemo_ray.tune.table import print_merged
+    from nemo_ray.tune.words import print_merged
 
     print_merged(merge(given.parts, given.output))
     return 0
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from nemo_ray.tune.shards import parse_shard
 
         sweep = load_sweep(given.config, given.overrides)
-        shard = parse_shard(given.shard, len(sweep.trials))
+        shard = parse_shard(given.shard, sweep)
         from nemo_ray.tune.launch import run
 
         return run(sweep, given.resume, shard)

@@ -9,8 +9,7 @@ import shutil
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from nemo_ray import hub, session, urls
 from nemo_ray.config.checks import store_urls
+from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.sources import plan_data
 from nemo_ray.errors import ConfigError, NemoRayError
@@ -33,19 +33,19 @@ from nemo_ray.train.driver_lock import DriverLock
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.launch import check_nodes, prepare_data
-from nemo_ray.train.progress import duration
 from nemo_ray.train.trackers.setup import check_trackers
 from nemo_ray.train.trackers.setup import variables_to_pass_on as trackers_variables
-from nemo_ray.tune import setup
+from nemo_ray.tune import setup, words
 from nemo_ray.tune.budget import Budget
 from nemo_ray.tune.course import Course
 from nemo_ray.tune.groups import Parent
-from nemo_ray.tune.load import Sweep
+from nemo_ray.tune.load import Sweep, Trial
 from nemo_ray.tune.report import write_report
 from nemo_ray.tune.shards import Shard
-from nemo_ray.tune.sweep_dir import BEST_NAME, CONFIG_NAME, SweepDir
-from nemo_ray.tune.table import SweepDisplay, describe, table
-from nemo_ray.tune.trial import DRIVER_CPUS, STOPPED, Shared
+from nemo_ray.tune.source import Known, Proposed, Source, recall
+from nemo_ray.tune.sweep_dir import BEST_NAME, SweepDir
+from nemo_ray.tune.table import SweepDisplay
+from nemo_ray.tune.trial import STOPPED, Shared
 
 _POLL_S = 0.3
 _LOG_WIDTH = 160
@@ -65,8 +65,7 @@ class SweepLaunch:
 
     def __init__(self, sweep: Sweep, resume: bool, shard: Shard) -> None:
         self.sweep, self.resume, self.shard = sweep, resume, shard
-        own = shard.numbers(len(sweep.trials))
-        self.trials = tuple(trial for trial in sweep.trials if trial.number in own)
+        self.numbers = shard.numbers(sweep.num_trials)
         self.job_id = outputs.submission_id(os.environ)
         self.config = outputs.resolve_paths(sweep.base.config, self.job_id is not None, Path.cwd())
         if urls.is_url(self.config.output_dir):
@@ -80,7 +79,7 @@ class SweepLaunch:
         self.data: Background | None = None
         self.parent: Parent | None = None
         self.interrupts = Interrupts(lambda: self._end())
-        self.points = {trial.number: trial.point for trial in self.trials}
+        self.points = {trial.number: trial.point for trial in sweep.trials if trial.number in self.numbers}
         self.begun = self.unreported = False
         self.outcome = "failed"
         self.error: Exception | None = None
@@ -125,14 +124,17 @@ class SweepLaunch:
         config = self.config = hub.pin(self.config, weights=weights, here=address is None)
         model = hub.reference(config)
         shape = read_shape(str(hub.local_folder(model, weights=False)))
-        configs = {trial.number: setup.trial_config(trial, config, self.folder) for trial in self.trials}
-        setup.check_targets(configs, shape)
+        for trial in (*self.sweep.trials, *self.sweep.probes):
+            self._whole(trial, shape)
         plan = plan_data(config.data, model, config.dataset_prepared_path or "")
         self._check_plan(plan, earlier)
-        course = Course(self.folder, configs, section.metric, section.mode, section.scheduler)
-        num_trials = len(self.sweep.trials)
+        course = Course(self.folder, self.numbers, section.metric, section.mode, section.scheduler)
+        num_trials = self.sweep.num_trials
         if self.resume:
+            self.points |= {n: earlier["trials"][n] for n in self.numbers if earlier["trials"][n] is not None}
             course.restore()
+            if not self.sweep.trials:
+                recall(self.sweep, course, self.points, earlier["lag"])
             if not course.left():
                 self.say("all trials are done")
                 gpus_per_trial = max(earlier.get("trial_gpus", ()), default=0.0)
@@ -148,22 +150,42 @@ class SweepLaunch:
             self.folder.clear()
         facts = setup.facts(self.sweep, self.shard, config, plan, self.job_id)
         facts["started_at"] = earlier.get("started_at", facts["started_at"])
+        facts["lag"] = earlier.get("lag", at_once)
         self.parent = Parent(config.tracking, self.folder.path.name, earlier.get("mlflow_run_id"), self.say)
         self.parent.begin()
-        if self.parent.run_id is not None:
-            facts["mlflow_run_id"] = self.parent.run_id
-            own = {"mlflow_parent_run_id": self.parent.run_id}
-            configs = {number: found.model_copy(update=own) for number, found in configs.items()}
-        self.folder.write({**facts, **budget.facts()})
+        facts["mlflow_run_id"] = self.parent.run_id
+        self.folder.write({**facts, **self._facts(budget)})
         self.begun = True
         where = f"the Ray cluster at {address}" if address else "a Ray of its own on this machine"
-        self._print_plan(plan, shape, course, at_once, wanted, where)
+        told = words.Told(config, self.sweep, self.shard, wanted, at_once, where)
+        words.print_plan(self.console, told, plan, shape, course)
         with SweepDisplay(self.console, course, self.points) as display:
             self._prepare(plan, display)
             if not self.interrupts.count:
-                shared = Shared(configs, plan, wanted, section.metric, self.job_id)
-                self._train(course, shared, at_once, display, budget)
+                shared = Shared(plan, wanted, section.metric, self.job_id)
+                source = self._source(course, shape, facts["lag"])
+                self._train(course, shared, source, at_once, display, budget)
         return self._conclude(course, budget)
+
+    def _whole(self, trial: Trial, shape: Mapping[str, Any]) -> Config:
+        """A trial's configuration with what all share. Raises ConfigError where it does not fit the model."""
+        found = setup.trial_config(trial, self.config, self.folder)
+        setup.check_targets(trial.number, found, shape)
+        if self.parent is not None and self.parent.run_id is not None:
+            found = found.model_copy(update={"mlflow_parent_run_id": self.parent.run_id})
+        return found
+
+    def _source(self, course: Course, shape: Mapping[str, Any], lag: int) -> Source:
+        if not self.sweep.trials:
+            return Proposed(
+                self.sweep, course, self.points, lag, finish=lambda trial: self._whole(trial, shape)
+            )
+        left = (self.sweep.trials[number] for number in course.left())
+        return Known((trial.number, self._whole(trial, shape)) for trial in left)
+
+    def _facts(self, budget: Budget) -> dict[str, Any]:
+        """What of sweep.json changes while it runs."""
+        return {**budget.facts(), "trials": setup.points(self.sweep, self.points)}
 
     def _check_plan(self, plan: DataPlan, earlier: Mapping[str, Any]) -> None:
         if not plan.eval_windows:
@@ -196,33 +218,8 @@ class SweepLaunch:
                 check_nodes(config)
             wanted = resources.demand(config, sum(node.get("GPU", 0.0) for node in nodes))
         resources.place(wanted, nodes, config.ray.accelerator_type)  # one fits, or it says what does not
-        most = min(len(self.trials), asked or len(self.trials))
-        return wanted, most_at_once(wanted, nodes, config.ray.accelerator_type, most)
-
-    def _print_plan(
-        self,
-        plan: DataPlan,
-        shape: Mapping[str, Any],
-        course: Course,
-        at_once: int,
-        wanted: resources.Demand,
-        where: str,
-    ) -> None:
-        section, count = self.sweep.section, len(course.numbers)
-        done = count - len(course.left())
-        part = f" of {len(self.sweep.trials)} (part {self.shard})" if self.shard.count > 1 else ""
-        rows = [
-            ("model", hub.reference(self.config)),
-            ("", summary.describe_model(shape)),
-            *summary.describe_data(self.config, plan, wanted.num_workers),
-            ("prepared", plan.directory),
-            ("trials", f"{count}{part}, {at_once} at a time{f'; {done} are done' if done else ''}"),
-            ("judged by", f"{section.mode} {section.metric}, scheduler {section.scheduler}"),
-            ("workers", f"for each trial {summary.describe_workers(wanted, self.config, where)}"),
-        ]
-        summary.print_rows(self.console, rows)
-        for notice in (*self.sweep.base.notices, *plan.notices):
-            self.say(f"note: {notice}")
+        most = min(len(self.numbers), asked or len(self.numbers))
+        return wanted, setup.most_at_once(wanted, nodes, config.ray.accelerator_type, most)
 
     def _prepare(self, plan: DataPlan, display: SweepDisplay) -> None:
         """All shards, before the first trial."""
@@ -239,12 +236,18 @@ class SweepLaunch:
             display.say(line)
 
     def _train(
-        self, course: Course, shared: Shared, at_once: int, display: SweepDisplay, budget: Budget
+        self,
+        course: Course,
+        shared: Shared,
+        source: Source,
+        at_once: int,
+        display: SweepDisplay,
+        budget: Budget,
     ) -> None:
         from nemo_ray.tune import runner
 
         noted_s = 0.0
-        fit = Background("tune", lambda: runner.fit(course, shared, course.left(), at_once))
+        fit = Background("tune", lambda: runner.fit(course, shared, source, at_once))
         while not fit.wait(_POLL_S):
             with contextlib.suppress(OSError):  # a hiccup of the file system is no reason to end a sweep
                 self.lock.check()
@@ -252,7 +255,7 @@ class SweepLaunch:
                 budget.count(set(course.running))
                 if budget.elapsed_s - noted_s >= _NOTE_EVERY_S:  # for a start after this one was killed
                     noted_s = budget.elapsed_s
-                    self.folder.write({**self.folder.read(), **budget.facts()})
+                    self.folder.write({**self.folder.read(), **self._facts(budget)})
                     self._report()
                 if not course.closed:
                     self._close_where_due(course, display, budget)
@@ -294,9 +297,9 @@ class SweepLaunch:
         ended_at = datetime.now(UTC).isoformat(timespec="seconds")
         self.outcome = "stopped" if left else "finished"
         ended = {"best": best, "outcome": self.outcome, "why": course.closed}
-        self.folder.write({**facts, **ended, **budget.facts(), "ended_at": ended_at})
+        self.folder.write({**facts, **ended, **self._facts(budget), "ended_at": ended_at})
         self._report()
-        self._print_result(course, best, budget)
+        words.print_result(self.console, self.folder, course, self.points, budget)
         if self.interrupts.count:
             self.say(f"stopped with {summary.plural(len(left), 'trial')} to go; go on with --resume")
             return INTERRUPTED
@@ -309,27 +312,6 @@ class SweepLaunch:
         """What trains the best trial again, in a folder beside the sweep's."""
         own = {**shared, **self.points[best], "output_dir": f"{self.folder.path}-{BEST_NAME}"}
         return {name: value for name, value in own.items() if value is not None}
-
-    def _print_result(self, course: Course, best: int | None, budget: Budget) -> None:
-        self.console.print()
-        self.console.print(table(course, self.points))
-        for number, end in sorted(course.ends.items()):
-            if end.reason:
-                self.say(f"trial {number} {end.status}: {end.reason}")
-        self.console.print()
-        rows = [("report", str(self.folder.report_file)), ("time", duration(budget.elapsed_s))]
-        if hours := budget.spent.gpu_hours():
-            cost = budget.spent.cost()
-            rows.append(("GPU hours", f"{hours:.2f}{f', {cost:.2f} in all' if cost is not None else ''}"))
-        if best is not None:
-            value = f"{course.metric} {course.ends[best].value:.4f}"
-            rows = [
-                ("best", f"trial {best}: {value} with {describe(self.points[best])}"),
-                ("result", str(self.folder.best_dir)),
-                ("configuration", str(self.folder.best_dir / CONFIG_NAME)),
-                *rows,
-            ]
-        summary.print_rows(self.console, rows)
 
     def _fail(self, error: BaseException) -> int:
         cause, line = root_cause(error), one_line(error)
@@ -360,21 +342,3 @@ class SweepLaunch:
         if self.begun and self.lock.holds():
             shutil.rmtree(self.folder.ray_dir, ignore_errors=True)
         self.lock.release()
-
-
-def most_at_once(
-    wanted: resources.Demand, nodes: Sequence[Mapping[str, float]], accelerator_type: str | None, most: int
-) -> int:
-    """How many trials fit on the cluster beside each other, up to `most`; 1 at least.
-
-    A trial's own process takes DRIVER_CPUS more than its workers, which Tune does not count.
-    """
-    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    for count in range(most, 1, -1):
-        together = replace(wanted, num_workers=count * wanted.num_workers, at_least=None)
-        if together.worker_cpus + count * DRIVER_CPUS > total_cpus:
-            continue
-        with contextlib.suppress(NemoRayError):
-            resources.place(together, nodes, accelerator_type)
-            return count
-    return 1

@@ -86,7 +86,7 @@ def sweep(
     from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
     from nemo_ray.tune.launch import SweepLaunch
 
-    launch = SweepLaunch(found, resume, parse_shard(shard, len(found.trials)))
+    launch = SweepLaunch(found, resume, parse_shard(shard, found))
     code = launch.run()
     if launch.error is not None:
         raise launch.error
@@ -106,7 +106,7 @@ def read_result(path: str | Path) -> SweepResult:
         end = folder.read_end(number)
         if end is not None:
             took = spent.seconds.get(number, 0.0), spent.gpu_hours(number), spent.cost(number)
-            trials.append(TrialResult(number, params, end, folder.trial(number).path, *took))
+            trials.append(TrialResult(number, params or {}, end, folder.trial(number).path, *took))
     best = next((trial for trial in trials if trial.number == facts.get("best")), None)
     return SweepResult(folder.path, facts["tune"]["metric"], tuple(trials), best)
 

@@ -5,8 +5,9 @@ Owns what may be swept, and that nothing starts before all of it is known to be 
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
@@ -20,7 +21,7 @@ from nemo_ray.config.translate import canonical_key, drop_absent, show
 from nemo_ray.config.tune_schema import TuneSection
 from nemo_ray.errors import ConfigError
 from nemo_ray.storage import join
-from nemo_ray.tune.space import Point, Space, grid, random, size
+from nemo_ray.tune.space import Point, Space, ends, grid, random, size
 from nemo_ray.tune.sweep_dir import TRIALS_NAME, trial_name
 
 DEFAULT_TRIALS = 10
@@ -52,6 +53,15 @@ class Sweep:
     base: LoadedConfig
     """What all trials share."""
     trials: tuple[Trial, ...]
+    """Those that are known before the first one begins: all, unless the search learns from results."""
+    num_trials: int
+    space: Space
+    fixed: Mapping[str, Any]
+    """Keys that formulas may name."""
+    make: Callable[[int, Point], Trial]
+    """The trial of a number and a point. Raises ConfigError."""
+    probes: tuple[Trial, ...] = ()
+    """Trials at the ends of the space, checked in place of those that are not known yet."""
 
 
 def load_sweep(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
@@ -79,12 +89,17 @@ def load_sweep(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -
             raise ConfigError("\n".join(lines)) from None
 
     num_trials = _num_trials(section, space)
-    points = grid(space, fixed) if section.search == "grid" else random(space, fixed, section.seed)
+    trials: tuple[Trial, ...] = ()
+    probes: tuple[Trial, ...] = ()
     try:
-        trials = tuple(make(number, point) for number, point in enumerate(islice(points, num_trials)))
+        if section.search == "optuna":
+            probes = tuple(make(0, point) for point in ends(space, fixed))
+        else:
+            points = grid(space, fixed) if section.search == "grid" else random(space, fixed, section.seed)
+            trials = tuple(make(n, point) for n, point in enumerate(islice(points, num_trials)))
     except ValueError as error:
         raise ConfigError(f"tune.parameters.{error}") from None
-    return Sweep(section, base, trials)
+    return Sweep(section, base, trials, num_trials, space, fixed, make, probes)
 
 
 def _section(raw: Any) -> TuneSection:
@@ -100,6 +115,11 @@ def _section(raw: Any) -> TuneSection:
         raise ConfigError("\n".join(problem_lines(error, TuneSection, "tune"))) from None
     if section.max_cost is not None and section.price_per_gpu_hour is None:
         raise ConfigError("tune.max_cost: needs a price; give tune.price_per_gpu_hour")
+    if section.search == "optuna" and find_spec("optuna") is None:
+        raise ConfigError(
+            "tune.search: optuna needs the package optuna, which is not installed here; run "
+            "`pip install 'nemo-ray[optuna]'`, or set tune.search: random"
+        )
     return section
 
 

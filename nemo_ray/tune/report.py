@@ -61,7 +61,7 @@ def _trials(folder: SweepDir, facts: dict[str, Any], ends: dict[int, TrialEnd]) 
     found = []
     for index, point in enumerate(facts["trials"]):
         run, end = folder.trial(index), ends.get(index)
-        if end is None and not run.holds_run():
+        if point is None or (end is None and not run.holds_run()):
             continue
         evaluations = Teller(run, facts["tune"]["metric"]).new()
         if end is not None and end.evaluation:

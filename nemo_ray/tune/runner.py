@@ -7,7 +7,6 @@ is stopped comes to its end.
 import os
 import traceback
 import uuid
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,11 +14,13 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from nemo_ray.tune.course import Course
+from nemo_ray.tune.source import Source
 from nemo_ray.tune.trial import DRIVER_CPUS, FAILED, Evaluation, Shared, run_trial
 
 TRIAL_FAILURES = 3
 """How often a trial's own process may be lost."""
 _COURSES: dict[str, Course] = {}
+_SOURCES: dict[str, Source] = {}
 # What Tune does otherwise: files of its own for each trial, handlers of signals, a box in the terminal.
 _SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -28,10 +29,13 @@ _SETTINGS = {
 }
 
 
-def fit(course: Course, shared: Shared, numbers: Sequence[int], at_once: int) -> None:
-    """Train the trials; returns when all have ended. Not for the main thread. Raises what Tune raises."""
+def fit(course: Course, shared: Shared, source: Source, at_once: int) -> None:
+    """Train the trials of `source`; returns when all have ended. Not for the main thread.
+
+    Raises what Tune raises.
+    """
     name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:8]}"
-    _COURSES[name] = course
+    _COURSES[name], _SOURCES[name] = course, source
     for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
     trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"CPU": DRIVER_CPUS})
@@ -40,7 +44,7 @@ def fit(course: Course, shared: Shared, numbers: Sequence[int], at_once: int) ->
         tune_config=tune.TuneConfig(
             num_samples=-1,
             max_concurrent_trials=at_once,
-            search_alg=Numbers(name, numbers),
+            search_alg=Trials(name),
             reuse_actors=True,  # a process imports Ray Train once
         ),
         run_config=tune.RunConfig(
@@ -54,7 +58,7 @@ def fit(course: Course, shared: Shared, numbers: Sequence[int], at_once: int) ->
     try:
         tuner.fit()
     finally:
-        del _COURSES[name]
+        del _COURSES[name], _SOURCES[name]
 
 
 class Tell(tune.Callback):
@@ -81,20 +85,24 @@ class Tell(tune.Callback):
         _COURSES[self._name].ended(trial.config["number"], FAILED, text)
 
 
-class Numbers(Searcher):
-    """Hands out the numbers of trials, until there are no more or the course is closed."""
+class Trials(Searcher):
+    """Hands out the source's trials, until there are no more or the course is closed. Known by name, too."""
 
-    def __init__(self, name: str, numbers: Sequence[int]) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self._name, self._numbers = name, list(numbers)
+        self._name = name
 
     def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        if _COURSES[self._name].closed or not self._numbers:
+        if _COURSES[self._name].closed:
             return Searcher.FINISHED
-        return {"number": self._numbers.pop(0)}
+        try:
+            found = _SOURCES[self._name].next()
+        except StopIteration:
+            return Searcher.FINISHED
+        return None if found is None else {"number": found[0], "config": found[1]}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         pass

@@ -1,26 +1,35 @@
-"""Before a sweep begins: whether it may use its folder, what its trials run with, what it records."""
+"""Before a sweep begins: whether it may use its folder, what its trials run with, how many at a time."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
-from nemo_ray.errors import ConfigError
+from nemo_ray.errors import ConfigError, NemoRayError
 from nemo_ray.targets import expert_paths, find_targets, linear_paths
-from nemo_ray.train import outputs
+from nemo_ray.train import outputs, resources
 from nemo_ray.tune.groups import trial_keys
 from nemo_ray.tune.load import Sweep, Trial
 from nemo_ray.tune.shards import Shard
+from nemo_ray.tune.space import Point
 from nemo_ray.tune.sweep_dir import SweepDir, trial_name
+from nemo_ray.tune.trial import DRIVER_CPUS
 
 _SHARED = ("base_model", "revision_of_model", "chat_template", "lora_model_dir", "mlflow_tracking_uri")
 _SHARED += ("dataset_prepared_path", "datasets", "test_datasets")
 _RECORDED = ("config", "versions", "git_revision", "data_fingerprint", "submission_id", "started_at")
 
 
-def points(sweep: Sweep) -> list[dict[str, Any]]:
-    """What each trial tries, in the order of their numbers."""
-    return [dict(trial.point) for trial in sweep.trials]
+_SAME = ("parameters", "search", "seed", "metric", "mode")
+"""Keys of the tune section that decide which points a search proposes."""
+
+
+def points(sweep: Sweep, known: Mapping[int, Point]) -> list[Point | None]:
+    """What each trial tries, in the order of their numbers; None where that is not known yet."""
+    found = {**{trial.number: trial.point for trial in sweep.trials}, **known}
+    return [dict(found[number]) if number in found else None for number in range(sweep.num_trials)]
 
 
 def check_free(folder: SweepDir, overwrite: bool) -> None:
@@ -45,7 +54,12 @@ def read_earlier(folder: SweepDir, sweep: Sweep, shard: Shard) -> dict[str, Any]
     if not folder.holds_sweep():
         raise ConfigError(f"output_dir: {folder.path} holds no sweep to resume; leave out --resume")
     earlier = folder.read()
-    if earlier["trials"] != points(sweep):
+    section = sweep.section.model_dump(mode="json")
+    same = earlier["trials"] == points(sweep, {})
+    if not sweep.trials:
+        same = len(earlier["trials"]) == sweep.num_trials
+        same = same and all(earlier["tune"][name] == section[name] for name in _SAME)
+    if not same:
         raise ConfigError(
             f"output_dir: the sweep in {folder.path} has other trials than this configuration makes; "
             "restore its tune section, or name another output_dir"
@@ -75,19 +89,36 @@ def trial_config(trial: Trial, shared: Config, folder: SweepDir) -> Config:
     return trial.config.model_copy(update=update)
 
 
-def check_targets(configs: Mapping[int, Config], shape: Mapping[str, Any]) -> None:
+def check_targets(number: int, config: Config, shape: Mapping[str, Any]) -> None:
     """Raises ConfigError where a trial's LoRA names match nothing in the model."""
-    for number, config in configs.items():
-        if config.adapter:
-            try:
-                find_targets(config.adapter_config, linear_paths(shape), expert_paths(shape))
-            except ConfigError as error:
-                raise ConfigError(f"trial {number}: {error}") from None
+    if config.adapter:
+        try:
+            find_targets(config.adapter_config, linear_paths(shape), expert_paths(shape))
+        except ConfigError as error:
+            raise ConfigError(f"trial {number}: {error}") from None
 
 
 def facts(sweep: Sweep, shard: Shard, config: Config, plan: DataPlan, job_id: str | None) -> dict[str, Any]:
     """What sweep.json says when a sweep begins."""
     run = outputs.run_facts(config, plan, 0, job_id)
     section = sweep.section.model_dump(mode="json")
-    own = {"tune": section, "trials": points(sweep), "shard": [shard.number, shard.count]}
+    own = {"tune": section, "trials": points(sweep, {}), "shard": [shard.number, shard.count]}
     return {**{name: run[name] for name in _RECORDED}, **own}
+
+
+def most_at_once(
+    wanted: resources.Demand, nodes: Sequence[Mapping[str, float]], accelerator_type: str | None, most: int
+) -> int:
+    """How many trials fit on the cluster beside each other, up to `most`; 1 at least.
+
+    A trial's own process takes DRIVER_CPUS more than its workers, which Tune does not count.
+    """
+    total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    for count in range(most, 1, -1):
+        together = replace(wanted, num_workers=count * wanted.num_workers, at_least=None)
+        if together.worker_cpus + count * DRIVER_CPUS > total_cpus:
+            continue
+        with contextlib.suppress(NemoRayError):
+            resources.place(together, nodes, accelerator_type)
+            return count
+    return 1

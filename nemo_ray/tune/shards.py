@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_ray.errors import ConfigError
+from nemo_ray.tune.load import Sweep
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,16 @@ class Shard:
         return cls(*facts.get("shard", (1, 1)))
 
 
-def parse_shard(text: str, num_trials: int) -> Shard:
-    """ "2/3". Raises: ConfigError where that is no part, or one without trials."""
+def parse_shard(text: str, sweep: Sweep) -> Shard:
+    """A part of `sweep`, such as 2/3. Raises: ConfigError where it has none such, or one without trials."""
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise ConfigError(f"--shard: {text} is no part; give i/n, such as 1/2 and 2/2 on two clusters")
     found = Shard(int(number), int(count))
-    if not found.numbers(num_trials):
-        raise ConfigError(f"--shard: {text} of {num_trials} trials has none; give fewer parts")
+    if not found.numbers(sweep.num_trials):
+        raise ConfigError(f"--shard: {text} of {sweep.num_trials} trials has none; give fewer parts")
+    if found.count > 1 and not sweep.trials:
+        raise ConfigError(
+            f"--shard: {sweep.section.search} learns from all trials; set tune.search: random to split them"
+        )
     return found

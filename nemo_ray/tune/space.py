@@ -31,9 +31,7 @@ def size(space: Space) -> float:
 
 
 def _steps(parameter: Range) -> float:
-    if parameter.step is None:
-        return math.inf
-    return math.floor(parameter.high / parameter.step) - math.ceil(parameter.low / parameter.step) + 1
+    return math.inf if parameter.step is None else len(parameter.multiples)
 
 
 def grid(space: Space, fixed: Mapping[str, Any]) -> Iterator[Point]:
@@ -61,6 +59,24 @@ def random(space: Space, fixed: Mapping[str, Any], seed: int) -> Iterator[Point]
         seen.add(text)
         misses = 0
         yield complete(space, point, fixed)
+
+
+def ends(space: Space, fixed: Mapping[str, Any]) -> Iterator[Point]:
+    """Points at which each parameter once has each of its values, or its lowest and its highest."""
+    choices = {name: _ends(found) for name, found in space.items() if not isinstance(found, Formula)}
+    first = {name: values[0] for name, values in choices.items()}
+    yield complete(space, first, fixed)
+    for name, values in choices.items():
+        for value in values[1:]:
+            yield complete(space, {**first, name: value}, fixed)
+
+
+def _ends(parameter: Values | Range) -> tuple[Any, ...]:
+    if isinstance(parameter, Values):
+        return parameter.values
+    if parameter.step is None:
+        return parameter.low, parameter.high
+    return parameter.multiple(parameter.multiples[0]), parameter.multiple(parameter.multiples[-1])
 
 
 def complete(space: Space, point: Point, fixed: Mapping[str, Any]) -> Point:

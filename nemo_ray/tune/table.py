@@ -9,10 +9,8 @@ from rich.text import Text
 
 from nemo_ray.config.translate import show
 from nemo_ray.train.progress import duration
-from nemo_ray.train.summary import plural, print_rows
 from nemo_ray.tune.course import Course
 from nemo_ray.tune.space import Point
-from nemo_ray.tune.sweep_dir import CONFIG_NAME, SweepDir
 from nemo_ray.tune.trial import FINISHED
 
 _COLUMNS = ("trial", "parameters", "state", "step", "loss", "value", "tokens/s", "ETA")
@@ -56,7 +54,7 @@ class SweepDisplay:
         course = self._course
         for number in sorted(course.running - self._said_running):
             self._said_running.add(number)
-            self.say(f"trial {number}: {describe(self._points[number])}")
+            self.say(f"trial {number}: {describe(self._points.get(number, {}))}")
         for number, end in sorted(course.ends.items()):
             if number in self._said_ended:
                 continue
@@ -78,7 +76,7 @@ def table(course: Course, points: dict[int, Point]) -> Table:
             no_wrap=True,
         )
     best, waiting = course.best(), 0
-    for number in sorted(points):
+    for number in course.numbers:
         end, running = course.ends.get(number), number in course.running
         if end is None and not running and course.value(number) is None:
             waiting += 1
@@ -89,7 +87,7 @@ def table(course: Course, points: dict[int, Point]) -> Table:
         known: dict[str, Any] = progress if running else {"step": end.step if end else None}
         cells = (
             str(number),
-            describe(points[number]),
+            describe(points.get(number, {})),
             f"{state}, best" if number == best else state,
             "" if known.get("step") is None else str(known["step"]),
             f"{known['loss']:.4f}" if known.get("loss") is not None else "",
@@ -101,20 +99,3 @@ def table(course: Course, points: dict[int, Point]) -> Table:
     if waiting:
         drawn.add_row("", f"{waiting} more have not begun", style="dim")
     return drawn
-
-
-def print_merged(folder: SweepDir) -> None:
-    """What came of joining the parts of a sweep."""
-    console = Console(highlight=False)
-    facts = folder.read()
-    metric, best, count = facts["tune"]["metric"], facts["best"], len(facts["trials"])
-    ended = [end for number in range(count) if (end := folder.read_end(number)) is not None]
-    rows = [("trials", f"{len(ended)} of {count} have ended, in {plural(len(facts['parts']), 'part')}")]
-    if best is not None:
-        value = next(end.value for end in ended if end.number == best)
-        rows += [
-            ("best", f"trial {best}: {metric} {value:.4f} with {describe(facts['trials'][best])}"),
-            ("result", str(folder.best_dir)),
-            ("configuration", str(folder.best_dir / CONFIG_NAME)),
-        ]
-    print_rows(console, [*rows, ("report", str(folder.report_file))])

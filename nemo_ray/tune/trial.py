@@ -32,9 +32,8 @@ FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials have in common, and the configuration of each by its number."""
+    """What all trials have in common."""
 
-    configs: Mapping[int, Config]
     plan: DataPlan
     wanted: Demand
     metric: str
@@ -69,12 +68,11 @@ class Teller:
 
 
 def run_trial(config: Mapping[str, Any], shared: Shared) -> None:
-    """Train a trial to its end; `config` is Tune's, with the trial's number. Called by Tune, in an actor."""
+    """Train a trial to its end; the trial's own configuration is in Tune's. Called by Tune, in an actor."""
     from ray import tune
 
-    own = shared.configs[config["number"]]
     session.Environment().add({**session.SETTINGS, **cluster.environment(shared.wanted)})
-    status, reason = train(own, shared, lambda found: tune.report(vars(found)))
+    status, reason = train(config["config"], shared, lambda found: tune.report(vars(found)))
     tune.report({"status": status, "reason": reason})
 
 

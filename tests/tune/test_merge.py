@@ -10,6 +10,7 @@ import yaml
 from nemo_ray.errors import ConfigError
 from nemo_ray.tune import merge
 from nemo_ray.tune.__main__ import main
+from nemo_ray.tune.load import Sweep, load_sweep
 from nemo_ray.tune.shards import Shard, parse_shard
 from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
 from tests.object_store import ObjectStore, use
@@ -45,21 +46,41 @@ def write_part(path: Path, part: tuple[int, int], missing: tuple[int, ...] = (),
     return path
 
 
-def test_every_trial_is_in_one_part() -> None:
+@pytest.fixture
+def seven(tmp_path: Path) -> Sweep:
+    """A sweep of seven trials."""
+    return load(tmp_path, search="grid")
+
+
+def load(folder: Path, **tune: Any) -> Sweep:
+    (folder / "base").mkdir()
+    (folder / "base" / "config.json").write_text('{"model_type": "nemotron_h"}')
+    (folder / "rows.jsonl").touch()
+    keys = {"base_model": str(folder / "base"), "datasets": [{"path": str(folder / "rows.jsonl")}]}
+    keys |= {"adapter": "lora", "lora_target_modules": ["q_proj"], "output_dir": str(folder / "out")}
+    return load_sweep({**keys, "tune": {"parameters": {"lora_r": [1, 2, 3, 4, 5, 6, 7]}, **tune}})
+
+
+def test_every_trial_is_in_one_part(seven: Sweep) -> None:
     for count in (1, 2, 3):
-        parts = [parse_shard(f"{number}/{count}", 7).numbers(7) for number in range(1, count + 1)]
+        parts = [parse_shard(f"{number}/{count}", seven).numbers(7) for number in range(1, count + 1)]
         assert sorted(number for part in parts for number in part) == list(range(7))
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/", "-1/2", "1/2/3"])
-def test_what_is_no_part_is_refused(text: str) -> None:
+def test_what_is_no_part_is_refused(seven: Sweep, text: str) -> None:
     with pytest.raises(ConfigError, match=f"^--shard: {text} is no part; give i/n"):
-        parse_shard(text, 4)
+        parse_shard(text, seven)
 
 
-def test_a_part_without_trials_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--shard: 5/5 of 4 trials has none"):
-        parse_shard("5/5", 4)
+def test_a_part_without_trials_is_refused(seven: Sweep, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--shard: 8/8 of 7 trials has none"):
+        parse_shard("8/8", seven)
+
+
+def test_a_search_that_learns_is_not_split(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--shard: optuna learns from all trials; set tune.search: random"):
+        parse_shard("1/2", load(tmp_path, search="optuna"))
 
 
 def test_parts_become_one_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from nemo_ray.config.tune_schema import TuneSection
 from nemo_ray.train.resources import Demand
 from nemo_ray.tune.budget import Budget, Spent, trained
 from nemo_ray.tune.course import Course
-from nemo_ray.tune.launch import most_at_once
+from nemo_ray.tune.setup import most_at_once
 from nemo_ray.tune.sweep_dir import SweepDir
 from nemo_ray.tune.table import SweepDisplay, describe, table
 from nemo_ray.tune.trial import FAILED, FINISHED, Evaluation
