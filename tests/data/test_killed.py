@@ -53,7 +53,7 @@ def data_processes(ancestor: int) -> list[int]:
 
 
 @pytest.mark.e2e
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_killed_processes_cost_no_shard_that_was_there(base: Path, tmp_path: Path) -> None:
     write_lines(tmp_path / "rows.jsonl", chats(6000, words=6))

@@ -140,7 +140,7 @@ def test_unmarked_templates_and_dropped_rows_are_told(world: World) -> None:
     assert len(train_rows(run)) == 1 and run.adapter_dir.is_dir()
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_many_bad_rows_stop_the_run(world: World) -> None:
     lines = [*first_lines(ASSETS / "chats.jsonl", 90), *[NO_ANSWER] * 10]
     rows = write_lines(world.folder / "many-bad.jsonl", lines)
@@ -158,8 +158,8 @@ def test_a_target_that_matches_nothing(world: World) -> None:
     assert not world.run_dir("refused").holds_run()  # nothing that the next start would have to overwrite
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("damage", ["cut", pytest.param("garbage", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
 def test_damaged_weights(world: World, damage: str) -> None:
     broken = world.folder / f"base-{damage}"
     shutil.copytree(world.base, broken)

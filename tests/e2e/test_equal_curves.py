@@ -27,8 +27,6 @@ REST: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 2,
         "gradient_checkpointing": True,
     },
-}
-PARTS_OF_THOSE: dict[str, dict[str, Any]] = {
     "two-copies": {"ray": {"num_workers": 2}, "micro_batch_size": 2, "dp_replicate_size": 2},
     "accumulation-4": {"micro_batch_size": 1, "gradient_accumulation_steps": 4},
 }
@@ -38,8 +36,7 @@ PARTS_OF_THOSE: dict[str, dict[str, Any]] = {
     ("name", "changes"),
     [
         *SAMPLED.items(),
-        *(pytest.param(*case, marks=pytest.mark.long) for case in REST.items()),
-        *(pytest.param(*case, marks=pytest.mark.soak) for case in PARTS_OF_THOSE.items()),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in REST.items()),
     ],
     ids=lambda item: item if isinstance(item, str) else "",
 )

@@ -56,6 +56,7 @@ def test_killed_while_a_checkpoint_is_written(world: World, reference: RunDir) -
     assert not asides(run)
 
 
+@pytest.mark.soak
 def test_a_truncated_checkpoint_is_told_and_the_one_before_it_goes_on(
     world: World, reference: RunDir
 ) -> None:

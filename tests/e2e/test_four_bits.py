@@ -37,6 +37,7 @@ def test_it_starts_where_the_dense_base_does(qlora: RunDir, reference: RunDir) -
     assert first["loss"] == pytest.approx(dense["loss"], rel=0.02) and first["loss"] != dense["loss"]
 
 
+@pytest.mark.soak
 def test_it_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(world: World, qlora: RunDir) -> None:
     middle = qlora.complete_checkpoints()[0]
     rows = train_rows(world.finished("qlora-again", f"resume_from_checkpoint={middle}", **QLORA))

@@ -1,5 +1,7 @@
-"""A sweep's report in a real browser, at two widths: Chromium draws every chart."""
+"""A sweep's report in a real browser, at two widths: Chromium draws every chart, and fetches nothing."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,22 +11,34 @@ import pytest
 
 from tests.tune.test_report import write_sweep
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 NUM_CHARTS = 5
+_BROWSERS_OWN = "not an origin"
+"""Who asks for what no page did, in Chromium's log."""
 
 
-def dom(page: Path, width: int) -> str:
-    """What the page is once its scripts have run."""
+def dom(page: Path, width: int, folder: Path) -> tuple[str, list[str]]:
+    """What the page is once its scripts have run, and the addresses that it asked for over the network."""
     browser = shutil.which("chromium")
-    assert browser, "this test needs chromium (apt-get install chromium)"
+    if browser is None:
+        assert os.environ.get("CI") != "true", "this test needs chromium (apt-get install chromium)"
+        pytest.skip("chromium is not installed")
+    log = folder / "net.json"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},3000"]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    command += ["--disable-sync", f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"]
     command += ["--virtual-time-budget=8000", "--dump-dom", f"file://{page}"]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    drawn = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    events = json.loads(log.read_text())["events"]
+    asked = [event["params"] for event in events if "initiator" in event.get("params", {})]
+    return drawn, sorted({one["url"] for one in asked if one["initiator"] != _BROWSERS_OWN})
 
 
 @pytest.mark.parametrize("width", [1280, 600])
 def test_every_chart_is_drawn(tmp_path: Path, width: int) -> None:
-    drawn = dom(write_sweep(tmp_path / "sweep").report_file, width)
+    page = write_sweep(tmp_path / "sweep").report_file
+    drawn, asked = dom(page, width, tmp_path)
+    assert not asked
     drawn = drawn[drawn.index("<body>") :]
     charts = drawn.split('class="plotly-graph-div')[1:]
     assert len(charts) == NUM_CHARTS
@@ -33,3 +47,9 @@ def test_every_chart_is_drawn(tmp_path: Path, width: int) -> None:
     assert charts[0].count('class="trace scatter') >= 3, "a line for each trial"
     widths = [float(found) for found in re.findall(r'class="main-svg"[^>]*? width="([\d.]+)"', drawn)]
     assert widths and max(widths) <= width
+
+
+def test_a_page_that_fetches_something_would_be_found_out(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text('<body><img src="http://127.0.0.1:9/picture.png"></body>')
+    assert dom(page, 600, tmp_path)[1] == ["http://127.0.0.1:9/picture.png"]

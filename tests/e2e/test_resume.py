@@ -116,7 +116,7 @@ def test_killed_twice(world: World, reference: RunDir) -> None:
     assert_same_adapter(run, reference)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_resuming_a_finished_run_changes_nothing(world: World, reference: RunDir) -> None:
     run = world.finished("finished-twice")
     resumed(world, "finished-twice")

@@ -42,7 +42,7 @@ HELD_BYTES = 40 * 2**24
 """By the hog: more than the 256 MiB that a node's object store has here, so that it spills all the time."""
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_the_clock_jumps(world: World, reference: RunDir, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(CLOCK)
     offset = tmp_path / "offset"

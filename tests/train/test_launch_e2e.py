@@ -200,7 +200,7 @@ def test_data_that_fails_ends_the_run_after_a_checkpoint(run: RunDir, launches: 
     assert run.newest_checkpoint() is not None
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_frozen_driver_that_was_taken_over_writes_nothing_more(
     run: RunDir, launches: list[Started]
 ) -> None:

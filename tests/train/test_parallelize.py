@@ -141,7 +141,7 @@ def compare_layouts(rank: int, folder: str, name: str) -> None:
 
 
 SAMPLED = "lora"
-RARE = ("lora on few", "8-bit states")
+RARE = ("lora on few", "8-bit states", "4-bit")
 
 
 def marked(name):
