@@ -26,6 +26,8 @@ ENVIRONMENT = {
 _ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """With which Ray 2.60 listens on loopback only, and takes no second node."""
 _START_WITHIN_S = 120.0
+_GIVEN: set[int] = set()
+"""Ports that this process has given to clusters, which may not listen on them yet."""
 
 
 class Nodes:
@@ -97,9 +99,11 @@ def nodes(
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, below the range of workers' and clients' ports."""
+    """Ports that nothing listens on, below the range of workers' and clients' ports; others each time."""
     found: list[int] = []
     for port in range(7100 + os.getpid() % 500, 9900):
+        if port in _GIVEN:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
@@ -107,6 +111,7 @@ def _free_ports(count: int) -> list[int]:
                 continue
             found.append(port)
         if len(found) == count:
+            _GIVEN.update(found)
             return found
     raise AssertionError("no free ports")
 
