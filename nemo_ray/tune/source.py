@@ -1,5 +1,6 @@
 """Which trial begins next: one of those that are known from the start, or one that is proposed now."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
@@ -78,7 +79,8 @@ def recall(sweep: Sweep, course: Course, points: dict[int, Point], lag: int) -> 
     """Add the points that a killed sweep had no time to note, up to the last trial that has ended."""
     for number in range(max(course.ends, default=-1) + 1):
         if number not in points:
-            points[number] = _propose(sweep, course, points, lag, number)
+            with contextlib.suppress(ValueError):  # it has none: it failed
+                points[number] = _propose(sweep, course, points, lag, number)
 
 
 def _propose(sweep: Sweep, course: Course, points: Mapping[int, Point], lag: int, number: int) -> Point:
@@ -86,7 +88,9 @@ def _propose(sweep: Sweep, course: Course, points: Mapping[int, Point], lag: int
 
     ends: Mapping[int, TrialEnd] = course.ends
     told = [
-        Told(points[before], ends[before] if before <= number - lag else None) for before in range(number)
+        Told(points[before], ends[before] if before <= number - lag else None)
+        for before in range(number)
+        if before in points
     ]
     section = sweep.section
-    return suggest(sweep.space, sweep.fixed, section.seed, section.mode, sweep.num_trials, told)
+    return suggest(sweep.space, sweep.fixed, section.seed, section.mode, sweep.num_trials, number, told)

@@ -32,17 +32,24 @@ class Told(NamedTuple):
 
 
 def suggest(
-    space: Space, fixed: Mapping[str, Any], seed: int, mode: str, num_trials: int, told: Sequence[Told]
+    space: Space,
+    fixed: Mapping[str, Any],
+    seed: int,
+    mode: str,
+    num_trials: int,
+    number: int,
+    told: Sequence[Told],
 ) -> Point:
-    """The point of trial number len(told), distinct from the earlier ones as long as there are such.
+    """The point of trial `number`, distinct from those before it as long as there are such.
 
-    told: the trials before it, by number. Formulas included. Raises: ValueError naming a key.
+    told: the trials before it, those without a point left out. Raises: ValueError naming a key whose formula
+    cannot be computed there.
     """
     drawn = {name: found for name, found in space.items() if not isinstance(found, Formula)}
     distributions = {name: _distribution(found) for name, found in drawn.items()}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(
-        seed=(seed * 1_000_003 + len(told)) % 2**32,
+        seed=(seed * 1_000_003 + number) % 2**32,
         n_startup_trials=min(_MOST_DRAWN_AT_RANDOM, max(1, num_trials // 3)),
         constant_liar=True,  # not beside a point that is being tried
     )

@@ -21,6 +21,10 @@ PARAMETERS = {"learning_rate": {"loguniform": [1e-5, 1e-1]}, "lora_r": [4, 8, 16
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Sweep:
+    return load(tmp_path, PARAMETERS)
+
+
+def load(tmp_path: Path, parameters: dict[str, Any]) -> Sweep:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text('{"model_type": "nemotron_h"}')
     (tmp_path / "rows.jsonl").touch()
@@ -31,7 +35,7 @@ def sweep(tmp_path: Path) -> Sweep:
         "lora_target_modules": ["q_proj"],
         "output_dir": str(tmp_path / "out"),
     }
-    tune = {"parameters": PARAMETERS, "search": "optuna", "num_trials": 12, "scheduler": "none", "seed": 5}
+    tune = {"parameters": parameters, "search": "optuna", "num_trials": 12, "scheduler": "none", "seed": 5}
     return load_sweep({**keys, "tune": tune})
 
 
@@ -108,6 +112,20 @@ def test_a_proposal_that_cannot_be_trained_is_a_trial_that_failed(sweep: Sweep, 
     assert course.ends[4].status == FAILED and course.ends[4].reason == "trial 4: does not fit; at all"
     assert [end.status for number, end in sorted(course.ends.items()) if number != 4] == [FINISHED] * 11
     assert sorted(points) == list(range(12))
+
+
+def test_a_formula_that_fails_somewhere_costs_that_trial(tmp_path: Path) -> None:
+    formula = {"warmup_steps": {"quniform": [10, 30, 10]}, "lora_alpha": "800 / (warmup_steps - 20) ** 2"}
+    sweep = load(tmp_path, PARAMETERS | formula)
+    points: dict[int, Point] = {}
+    course, source = begin(sweep, tmp_path / "sweep", points)
+    play(course, source, points, random.Random(0))
+    failed = [number for number, end in course.ends.items() if end.status == FAILED]
+    assert failed and "lora_alpha" in course.ends[failed[0]].reason and len(course.ends) == 12
+    assert points.keys() == set(range(12)) - set(failed)
+    again = dict(points)
+    recall(sweep, course, again, LAG)
+    assert again == points
 
 
 def test_both_ends_of_the_space_are_checked_before_anything_starts(sweep: Sweep) -> None:

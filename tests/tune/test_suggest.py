@@ -31,7 +31,7 @@ def sweep(count: int, seed: int, mode: str = "min", lag: int = 1) -> list[Told]:
     told: list[Told] = []
     for number in range(count):
         known = [one if place <= number - lag else Told(one.point, None) for place, one in enumerate(told)]
-        point = suggest(SPACE, {}, seed, mode, count, known)
+        point = suggest(SPACE, {}, seed, mode, count, number, known)
         told.append(Told(point, TrialEnd(number, "finished", 3, sign * loss(point), 30)))
     return told
 
@@ -49,7 +49,7 @@ def test_the_seed_and_the_results_decide_alone(lag: int) -> None:
     one, other = sweep(15, 3, lag=lag), sweep(15, 3, lag=lag)
     assert one == other and [t.point for t in sweep(15, 4, lag=lag)] != [t.point for t in one]
     before = [told if place <= 14 - lag else Told(told.point, None) for place, told in enumerate(one[:14])]
-    assert suggest(SPACE, {}, 3, "min", 15, before) == one[14].point
+    assert suggest(SPACE, {}, 3, "min", 15, 14, before) == one[14].point
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -64,17 +64,17 @@ def test_trials_that_were_stopped_or_failed_are_told_too() -> None:
     told = sweep(12, seed=2)
     stopped = [one._replace(end=TrialEnd(n, "stopped", 1, one.end.value, 10)) for n, one in enumerate(told)]  # type: ignore[union-attr]
     failed = [one._replace(end=TrialEnd(n, "failed", 0, None, 0, "why")) for n, one in enumerate(told)]
-    points = [str(suggest(SPACE, {}, 2, "min", 30, known)) for known in (told, stopped, failed)]
+    points = [str(suggest(SPACE, {}, 2, "min", 30, 12, known)) for known in (told, stopped, failed)]
     assert points[2] != points[0], "nothing is learned from failures"
     no_number = [one._replace(end=TrialEnd(n, "finished", 3, None, 30)) for n, one in enumerate(told)]
-    assert str(suggest(SPACE, {}, 2, "min", 30, no_number)) == points[2]
+    assert str(suggest(SPACE, {}, 2, "min", 30, 12, no_number)) == points[2]
 
 
 def test_a_small_space_is_gone_through_without_repeating() -> None:
     space = {"lora_r": Values((4, 8, 16)), "use_rslora": Values((True, False))}
     told: list[Told] = []
     for number in range(6):
-        point = suggest(space, {}, 0, "min", 6, told)
+        point = suggest(space, {}, 0, "min", 6, number, told)
         told.append(Told(point, TrialEnd(number, "finished", 1, float(number), 1)))
     assert len({str(one.point) for one in told}) == 6
 
