@@ -44,6 +44,7 @@ def swept(world: World) -> SweepDir:
     started = begin(world, "sweep")
     assert started.end(900) == 0, started.output
     assert "Traceback" not in started.output and not started.errors, started.output
+    assert "WARNING" not in started.output, "Ray's of many processes"
     assert started.leaves_nothing_behind(), started.tree()
     return folder(world, "sweep")
 
