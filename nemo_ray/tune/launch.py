@@ -303,6 +303,8 @@ class SweepLaunch:
         if self.interrupts.count:
             self.say(f"stopped with {summary.plural(len(left), 'trial')} to go; go on with --resume")
             return INTERRUPTED
+        if left and best is not None:
+            self.say(f"{summary.plural(len(left), 'trial')} to go; go on with --resume, and more to spend")
         if best is None:
             why = course.closed or "no trial came to its end; the table says why"
             self.errors.print(Text(f"error: {why}"), soft_wrap=True)

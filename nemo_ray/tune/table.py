@@ -52,15 +52,15 @@ class SweepDisplay:
     def poll(self) -> None:
         """Tell what is new, and draw the table."""
         course = self._course
-        for number in sorted(course.running - self._said_running):
-            self._said_running.add(number)
-            self.say(f"trial {number}: {describe(self._points.get(number, {}))}")
         for number, end in sorted(course.ends.items()):
             if number in self._said_ended:
                 continue
             self._said_ended.add(number)
             at = f" with {course.metric} {end.value:.4f}" if end.status == FINISHED and end.value else ""
             self.say(f"trial {number} {end.status}{at}{f': {end.reason}' if end.reason else ''}")
+        for number in sorted(course.running - self._said_running):
+            self._said_running.add(number)
+            self.say(f"trial {number}: {describe(self._points.get(number, {}))}")
         if self._live is not None:
             self._live.update(table(course, self._points), refresh=True)
 

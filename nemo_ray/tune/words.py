@@ -47,7 +47,10 @@ def print_plan(
         *summary.describe_data(told.config, plan, told.wanted.num_workers),
         ("prepared", plan.directory),
         ("trials", f"{count}{part}, {told.at_once} at a time{f'; {done} are done' if done else ''}"),
-        ("judged by", f"{section.mode} {section.metric}, scheduler {section.scheduler}"),
+        (
+            "judged by",
+            f"{section.mode} {section.metric}, search {section.search}, scheduler {section.scheduler}",
+        ),
         ("workers", f"for each trial {summary.describe_workers(told.wanted, told.config, told.where)}"),
     ]
     summary.print_rows(console, rows)
