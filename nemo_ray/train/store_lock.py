@@ -93,8 +93,11 @@ class StoreLock:
             self._thread.join(self._beat_s)
         # Else a put under way would come after the delete. Who finds the object sees that we are gone.
         if self._num_puts and not self._thread.is_alive():
+            began_s = time.monotonic()
             for pause_s in _DELETE_PAUSES_S:
                 time.sleep(pause_s)
+                if time.monotonic() - began_s > self._beat_s:
+                    break
                 with contextlib.suppress(OSError):
                     self._delete()
                     break

@@ -3,7 +3,6 @@
 Reads result directories wherever they are, and writes a new one; checkpoints stay where they are.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ _ALIKE = ("trials", "data_fingerprint")
 """What sweep.json must say alike for trials to be compared."""
 _ALIKE_OF_TUNE = ("metric", "mode")
 _OF_A_CLUSTER = ("output_dir", "dataset_prepared_path", "datasets", "test_datasets", "base_model", "ray")
-"""Keys that say where things are: what the data is, is compared by its fingerprint."""
+_OF_A_CLUSTER += ("chat_template", "lora_model_dir", "mlflow_tracking_uri")
+"""Keys that say where things are: what the data is, template included, is compared by its fingerprint."""
 _COPIED = ("metrics.jsonl", "run.json", TRIAL_NAME)
 _RESULTS = ("adapter", "model")
 
@@ -44,17 +44,22 @@ class Part:
 
 
 def merge(places: Sequence[str], output_dir: str | Path) -> SweepDir:
-    """Join the sweeps in `places` (folders or URLs) in `output_dir`, which must be free or not there.
+    """Join the sweeps in `places` (folders or URLs) in `output_dir`, in place of an earlier merge's.
 
-    Raises: ConfigError where they are no parts of one sweep, or hold the same trial; OSError.
+    Raises: ConfigError where they are no parts of one sweep, or hold the same trial, or `output_dir` holds
+    anything else; OSError.
     """
     parts = [_read(place) for place in places]
     for part in parts[1:]:
         _check_alike(parts[0], part)
     owners = _owners(parts)
     folder = SweepDir(output_dir)
+    if folder.holds_sweep() and "parts" in folder.read():
+        folder.clear()
     if folder.path.exists() and any(folder.path.iterdir()):
         raise ConfigError(f"--output: {folder.path} is not empty; name another folder")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.write({"parts": []})  # a merge that is broken off can be begun again
     ends = {number: end for number, part in owners.items() if (end := _copy(part, number, folder))}
     facts = _facts(parts, owners, ends)
     folder.write(facts)
@@ -143,6 +148,6 @@ def _facts(parts: Sequence[Part], owners: Mapping[int, Part], ends: Mapping[int,
         **facts,
         "best": best_of(ends.values(), first["tune"]["mode"]),
         "outcome": "stopped" if left else "finished",
-        "elapsed_s": max((part.facts.get("elapsed_s", 0.0) for part in parts), default=math.nan),
+        "elapsed_s": max(part.facts.get("elapsed_s", 0.0) for part in parts),
         "parts": [{"place": part.place, "shard": str(Shard.of(part.facts))} for part in parts],
     }

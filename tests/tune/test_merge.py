@@ -129,6 +129,23 @@ def test_parts_in_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (result.path / "best" / "adapter_model.safetensors").read_text() == "2"
 
 
+def test_a_merge_is_made_anew_also_after_one_that_broke_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = write_part(tmp_path / "one", (1, 2)), write_part(tmp_path / "two", (2, 2))
+    whole = tmp_path / "whole"
+    assert [trial.number for trial in merge([one], whole).trials] == [0, 2]
+    with monkeypatch.context() as broken:
+        broken.setattr("nemo_ray.tune.merge._facts", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            merge([two], whole)
+    assert [trial.number for trial in merge([one, two], whole).trials] == [0, 1, 2, 3]
+    other_paths = {"chat_template": "/elsewhere/chat.jinja", "mlflow_tracking_uri": "file:///elsewhere"}
+    config = SweepDir(two).read()["config"] | other_paths
+    SweepDir(two).write({**SweepDir(two).read(), "config": config})
+    assert len(merge([one, two], whole).trials) == 4
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
