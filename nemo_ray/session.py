@@ -72,7 +72,7 @@ def start_local(num_cpus: int, environment: Environment, include_dashboard: bool
     # Ray 2.60 listens on loopback only where it is told not to be part of a cluster (_node_ip_address is not
     # enough), under the name that this has on desktop systems.
     environment.add({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
-    # Ray 2.60 warns, past log_to_driver, of a node with more processes than this, by default one a CPU.
+    # Ray 2.60 warns of many processes on a node (8 in a sweep), past log_to_driver. With this it does not.
     environment.add({"RAY_worker_maximum_startup_concurrency": "64"})
     # One more process with each start of the workers, to hear of nodes that a cluster is about to lose.
     environment.add({"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"})
