@@ -26,26 +26,26 @@ from nemo_ray.targets import find_targets, saved_modules, strength_of
 
 
 class _LoraGradient(torch.autograd.Function):
-    """What a LoraLinear computes, as far as autograd sees it: keeps x and makes the rest again."""
+    """What a LoraLinear computes, as far as autograd sees it: keeps x, the cast factors, what A made of x."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, layer: "LoraLinear"):
-        ctx.save_for_backward(x, lora_A, lora_B)
+    def forward(ctx, x, lora_A, lora_B, A, B, inner, layer: "LoraLinear"):
+        ctx.save_for_backward(x, A, B, inner)
         ctx.layer = layer
         return stand_in(x, *x.shape[:-1], layer.out_features)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        x, lora_A, lora_B = ctx.saved_tensors
-        scaling = ctx.layer.scaling
+        x, A, B, inner = ctx.saved_tensors
+        layer = ctx.layer
         grad_rows, rows = grad.flatten(0, -2), x.flatten(0, -2)
-        A, B = lora_A.to(grad.dtype), lora_B.to(grad.dtype)
-        inner, grad_inner = rows @ A.T * scaling, grad_rows @ B * scaling
+        grad_inner = grad_rows @ B
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_inner @ A).addmm_(grad_rows, whole(ctx.layer.weight, grad.dtype)).view_as(x)
-        grad_A, grad_B = grad_inner.T @ rows, grad_rows.T @ inner
-        return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None
+            grad_x = (grad_inner @ A).addmm_(grad_rows, whole(layer.weight, grad.dtype)).view_as(x)
+        grad_A = (grad_inner.T @ rows).to(layer.lora_A.dtype) * layer.scaling  # A came with it
+        grad_B = (grad_rows.T @ inner).to(layer.lora_B.dtype)
+        return grad_x, grad_A, grad_B, None, None, None, None
 
 
 class LoraLinear(BaseLinear):
@@ -63,17 +63,19 @@ class LoraLinear(BaseLinear):
         if self.dropout and self.training:
             inner = linear(F.dropout(x, self.dropout), self.lora_A) * self.scaling
             return super().forward(x).add_(linear(inner, self.lora_B))
-        product = _LoraGradient.apply(x, self.lora_A, self.lora_B, self)
-        return Deferred.apply(product, lambda: self._product(x))
+        with torch.no_grad():
+            A, B = (self.lora_A * self.scaling).to(x.dtype), self.lora_B.to(x.dtype)
+            inner = x.flatten(0, -2) @ A.T
+        product = _LoraGradient.apply(x, self.lora_A, self.lora_B, A, B, inner, self)
+        return Deferred.apply(product, lambda: self._product(x, inner, B))
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.flatten(0, -2)
-        inner = rows @ self.lora_A.to(x.dtype).T * self.scaling
-        out = inner @ self.lora_B.to(x.dtype).T
+    def _product(self, x: torch.Tensor, inner: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        out = inner @ B.T
         if self.bias is not None:
             out += self.bias
         # Last, so that the sum is taken where the largest product is made, not in a pass over its output.
-        return out.addmm_(rows, whole(self.weight, x.dtype).T).view(*x.shape[:-1], self.out_features)
+        out.addmm_(x.flatten(0, -2), whole(self.weight, x.dtype).T)
+        return out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scaling={self.scaling}"

@@ -34,7 +34,8 @@ def choose_kept(costs: dict[str, int], available: Sequence[str], room_bytes: int
 def keep_what_fits(
     model: nn.Module, device: torch.device, forward: Callable[[], torch.Tensor]
 ) -> dict[str, int]:
-    """Let as many blocks keep their activations as the GPU has memory for; returns how many of each kind.
+    """Let as many blocks keep their activations as the GPU has memory for, or this process's share of it;
+    returns how many of each kind.
 
     Called on every worker together, with gradients and optimizer states in place: what a step needs beside
     the activations is in use already. All workers choose what the fullest of them can hold.
@@ -51,8 +52,9 @@ def keep_what_fits(
     at_rest = _bytes_held(device, forward)
     forward().backward()
     peak = torch.cuda.max_memory_allocated(device)
-    free, _ = torch.cuda.mem_get_info(device)
-    room = free + torch.cuda.memory_reserved(device) - peak - SPARE_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(total * torch.cuda.get_per_process_memory_fraction())
+    room = min(free + torch.cuda.memory_reserved(device), share) - peak - SPARE_BYTES
     costs = measure_costs(model, lambda: _bytes_held(device, forward) - at_rest)
     chosen = choose_kept(costs, kinds, room)
     counts = torch.tensor([chosen.get(kind, 0) for kind in KINDS])

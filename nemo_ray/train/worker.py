@@ -105,6 +105,7 @@ def watched(
     precision = base_precision(config, device)
     if device.type == "cuda":
         configure_cuda(precision.compute, config.tf32)
+        hold_to_share(config.ray.resources_per_worker.get("GPU", 1.0))
     began_s = time.monotonic()
     trainee, targets = make_trainee(config, base, device, precision)
     seconds = {"load_s": time.monotonic() - began_s}
@@ -206,6 +207,12 @@ def configure_cuda(compute: torch.dtype, tf32: bool) -> None:
     # are such inputs, and TF32 is finer than what they are made of.
     if compute == torch.float32 and not tf32:
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+
+
+def hold_to_share(share: float) -> None:
+    """Where workers share a GPU, let this process take no more than `share` of its memory."""
+    if share < 1:
+        torch.cuda.set_per_process_memory_fraction(share)
 
 
 def base_precision(config: Config, device: torch.device) -> Precision:

@@ -24,11 +24,11 @@ SHAPE = {"mamba_head_dim": 32, "ssm_state_size": 32, "chunk_size": 64, "hidden_s
 FOUR_BITS = {"linears_4bit": True, "experts_4bit": True}
 
 
-def trained(dtype: torch.dtype, latent: int | None = None, **precision: bool):
+def trained(dtype: torch.dtype, latent: int | None = None, seed: int = 3, **precision: bool):
     config = tiny_config(latent=latent, **SHAPE)
     model, _ = build(config, AdapterSection(**ALL_TARGETS), Precision(dtype, dtype, **precision), GPU)
     bind_loss(model)
-    fill(model, None, seed=3, device=GPU, adapter_seed=3)
+    fill(model, None, seed=seed, device=GPU, adapter_seed=seed)
     randomize_lora(model)
     return model.train(), {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -103,6 +103,9 @@ def test_what_fits_is_kept_and_changes_no_gradient(monkeypatch):
         for kind in {block.block_type for block in model.model.layers}
     }
     _, kept = gradients(model, parameters, micro)
+    with monkeypatch.context() as patch:  # a share of the GPU that is used up already
+        patch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.01)
+        assert not any(activations.keep_what_fits(model, GPU, forward).values())
     monkeypatch.setattr(activations, "SPARE_BYTES", 2**50)
     assert not any(activations.keep_what_fits(model, GPU, forward).values())
     _, recomputed = gradients(model, parameters, micro)
@@ -113,26 +116,31 @@ def test_what_fits_is_kept_and_changes_no_gradient(monkeypatch):
 @pytest.mark.usefixtures("exact_float32")
 @pytest.mark.parametrize("latent", [None, 64], ids=["plain", "latent"])
 def test_kernels_are_as_near_to_float32_as_their_references(latent, monkeypatch):
-    exact, exact_parameters = trained(torch.float32, latent)
-    model, parameters = trained(torch.bfloat16, latent)
-    model.load_state_dict({k: v.to(dict(model.state_dict())[k].dtype) for k, v in exact.state_dict().items()})
-    exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
     errors = {True: [], False: []}
-    for seed, lengths in enumerate(LAYOUTS):
-        micro = micro_batch(lengths, seed)
-        monkeypatch.setattr(kernels, "serve", lambda tensor: False)
-        truth, true_grads = gradients(exact, exact_parameters, micro)
-        for serve in (True, False):
-            monkeypatch.setattr(kernels, "serve", lambda tensor, serve=serve: serve)
-            found, grads = gradients(model, parameters, micro)
-            off = [float((found - truth).norm() / truth.norm())]
-            off += [float((grads[n] - g).norm() / g.norm()) for n, g in true_grads.items()]
-            errors[serve].append(torch.tensor(off))
-        monkeypatch.setattr(kernels, "serve", lambda tensor: True)
-        found, grads = gradients(exact, exact_parameters, micro)
-        assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
-        for name, grad in true_grads.items():
-            assert (grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
-    fast, plain = (torch.stack(errors[serve]).mean() for serve in (True, False))
-    print(f"latent={latent}: error of bf16 with kernels {fast:.2e}, with references {plain:.2e}")
+    for model_seed in range(6):  # in bf16 a choice of experts may turn over, with or without kernels
+        exact, exact_parameters = trained(torch.float32, latent, model_seed)
+        model, parameters = trained(torch.bfloat16, latent, model_seed)
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        model.load_state_dict({k: v.to(dtypes[k]) for k, v in exact.state_dict().items()})
+        exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+        for seed, lengths in enumerate(LAYOUTS):
+            micro = micro_batch(lengths, seed)
+            monkeypatch.setattr(kernels, "serve", lambda tensor: False)
+            truth, true_grads = gradients(exact, exact_parameters, micro)
+            for serve in (True, False):
+                monkeypatch.setattr(kernels, "serve", lambda tensor, serve=serve: serve)
+                found, grads = gradients(model, parameters, micro)
+                off = [float((found - truth).norm() / truth.norm())]
+                off += [float((grads[n] - g).norm() / g.norm()) for n, g in true_grads.items()]
+                errors[serve].append(torch.tensor(off))
+            monkeypatch.setattr(kernels, "serve", lambda tensor: True)
+            found, grads = gradients(exact, exact_parameters, micro)
+            assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
+            for name, grad in true_grads.items():
+                assert (grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
+    fast, plain = (torch.stack(errors[serve]).median(0).values.mean() for serve in (True, False))
+    means = ", ".join(f"{torch.stack(errors[serve]).mean():.2e}" for serve in (True, False))
+    print(
+        f"latent={latent}: error of bf16 with kernels {fast:.2e}, with references {plain:.2e}; means {means}"
+    )
     assert fast <= 1.2 * plain
