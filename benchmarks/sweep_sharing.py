@@ -97,9 +97,10 @@ def main() -> int:
             "save_steps": arguments.steps,
             "learning_rate": 1e-4,
         }
-        result["job_s"] = [run("nemo_ray.train", keys, folder, f"job-{index}") for index in range(2)]
+        run("nemo_ray.train", keys, folder, "first")
         for share in (arguments.at_a_time, 1):
             result[f"{share}"] = sweep(keys, share, folder, f"sweep-{share}", arguments.trials)
+            print(f"{share} at a time: {result[f'{share}']['wall_s']:.1f} s", flush=True)
     shared, alone = result[f"{arguments.at_a_time}"], result["1"]
     result["gain"] = alone["wall_s"] / shared["wall_s"]
     print(json.dumps(result, indent=2))

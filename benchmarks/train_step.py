@@ -234,8 +234,7 @@ def run_side(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def make_own_side(config: Config, device: torch.device, folder: Path) -> tuple[nn.Module, Step, str]:
     """What a worker of the product makes, with the step that it takes."""
-    from nemo_ray.model.selftest import compile_kernels
-    from nemo_ray.train.update import Update
+    from nemo_ray.train.update import Update, compile_kernels
     from nemo_ray.train.worker import base_precision, configure_cuda, make_trainee
 
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
@@ -244,7 +243,7 @@ def make_own_side(config: Config, device: torch.device, folder: Path) -> tuple[n
         configure_cuda(precision.compute, config.tf32)
     trainee, _ = make_trainee(config, config.base_model, device, precision)
     if device.type == "cuda":
-        compile_kernels(trainee.model, device)
+        compile_kernels(trainee, config.micro_batch_size, config.sequence_len)
     update, kept = Update(trainee, config.train), {}
     if device.type == "cuda" and config.gradient_checkpointing == "auto":
         kept = update.keep_activations(config.sequence_len)

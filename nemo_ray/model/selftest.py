@@ -55,14 +55,6 @@ def self_test(
     model.train()
 
 
-def compile_kernels(model: nn.Module, device: torch.device) -> None:
-    """One forward and backward pass, for which kernels are compiled and tuned: a minute, once a machine."""
-    model.train()
-    chunk = model.config.chunk_size
-    model.packed_logits(_random_batch(model, (chunk, chunk), device)).sum().backward()
-    model.zero_grad(set_to_none=True)
-
-
 def random_ids(vocab_size: int, lengths: tuple[int, int]) -> torch.Tensor:
     """(1, sum of lengths) tokens, the same in every call."""
     generator = torch.Generator().manual_seed(7)

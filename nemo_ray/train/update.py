@@ -8,7 +8,7 @@ finds the same, for both figures are of all of them. It is decided on the device
 GPU, but for AdamW8bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,24 @@ class Trainee:
     device: torch.device
 
 
+def blank_loss(trainee: Trainee, num_packs: int, sequence_len: int) -> Callable[[], torch.Tensor]:
+    """The loss of a micro-batch of that size, without meaning; each pack is one document."""
+    tokens = torch.zeros((num_packs, sequence_len), dtype=torch.int64, device=trainee.device)
+    batch = PackedBatch.from_lengths(tokens, [[sequence_len]] * num_packs)
+    return lambda: trainee.model.target_log_probs(batch, tokens).sum()
+
+
+def compile_kernels(trainee: Trainee, num_packs: int, sequence_len: int) -> None:
+    """A forward and a backward pass over a micro-batch of that size: a minute, once a machine.
+
+    Kernels are compiled, and those of mamba-ssm choose, once for all sizes, what is fastest at the first one:
+    so that must be the size that will train.
+    """
+    trainee.model.train()
+    blank_loss(trainee, num_packs, sequence_len)().backward()
+    trainee.model.zero_grad(set_to_none=True)
+
+
 class Update:
     """The steps of one `Trainee`, whose packs are all of one length."""
 
@@ -51,11 +69,8 @@ class Update:
         many of each kind do."""
         if not self.trainee.optimizer.started:
             self.trainee.optimizer.start_states()
-        shape = (self.train.micro_batch_size, sequence_len)
-        tokens = torch.zeros(shape, dtype=torch.int64, device=self.trainee.device)
-        batch = PackedBatch.from_lengths(tokens, [[sequence_len]] * shape[0])
-        model = self.trainee.model.train()
-        kept = keep_what_fits(model, self.trainee.device, lambda: model.target_log_probs(batch, tokens).sum())
+        loss = blank_loss(self.trainee, self.train.micro_batch_size, sequence_len)
+        kept = keep_what_fits(self.trainee.model.train(), self.trainee.device, loss)
         self._zero_gradients()
         return kept
 

@@ -26,7 +26,7 @@ from nemo_ray.model.decode import generate_tokens
 from nemo_ray.model.load import Precision, build, count_parameters, fill, read_model_config
 from nemo_ray.model.lora import LoraTargets
 from nemo_ray.model.saving import SavedBase, save_model
-from nemo_ray.model.selftest import compile_kernels, self_test
+from nemo_ray.model.selftest import self_test
 from nemo_ray.model.ssd import missing_kernels
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.checkpoint import TrainState, load_checkpoint, load_weights
@@ -37,7 +37,7 @@ from nemo_ray.train.parallelize import Layout, parallelize
 from nemo_ray.train.remote_run import connect
 from nemo_ray.train.starting import choose_checkpoint, take_over
 from nemo_ray.train.trackers import open_trackers
-from nemo_ray.train.update import Trainee
+from nemo_ray.train.update import Trainee, compile_kernels
 from nemo_ray.train.watchdog import Watchdog
 from nemo_ray.urls import is_url
 
@@ -112,7 +112,7 @@ def watched(
     if device.type == "cuda":
         begin_phase("compiling", run, rank, watchdog)
         began_s = time.monotonic()
-        compile_kernels(trainee.model, device)
+        compile_kernels(trainee, config.micro_batch_size, config.sequence_len)
         torch.cuda.synchronize()
         seconds["compile_s"] = time.monotonic() - began_s
     begin_phase("self-test", run, rank, watchdog)
