@@ -118,15 +118,13 @@ def base_bytes(config: Config, model: Mapping[str, Any], compute_bytes: int) -> 
     return four_bit + (count_base(model) - num_quantized) * compute_bytes
 
 
-def estimate_memory(
-    config: Config, model: Mapping[str, Any], world_size: int, use_gpu: bool
-) -> dict[str, int]:
-    """Bytes on each worker by class: weights, adapters, gradients, optimizer, activations.
+def estimate_memory(config: Config, model: Mapping[str, Any], shard: int, use_gpu: bool) -> dict[str, int]:
+    """Bytes on each worker by class, where `shard` workers hold a copy of the weights together: weights,
+    adapters, gradients, optimizer, activations.
 
     Activations are a rough bound: what each block keeps (its input only, with gradient checkpointing), the
     widest block's inside once, and one chunk of logits with its gradient.
     """
-    shard = config.dp_shard_size or world_size // (config.dp_replicate_size or 1)
     base, lora = count_base(model), count_lora(config, model) if config.adapter else 0
     bf16 = config.bf16 is not False and (use_gpu or config.bf16 is True)
     compute_bytes = BF16_BYTES if bf16 else FLOAT32_BYTES

@@ -50,14 +50,13 @@ def test_the_bytes_of_a_4bit_base_are_those_of_the_model(experts):
 def test_memory_follows_sharding_precision_and_recomputation():
     shape = tiny_config().to_dict()
 
-    def estimate(world: int = 1, use_gpu: bool = False, **keys: object) -> dict[str, int]:
+    def estimate(shard: int = 1, use_gpu: bool = False, **keys: object) -> dict[str, int]:
         config = Config(base_model="x", datasets=[{"path": "y"}], **(ALL_TARGETS | keys))
-        return estimate_memory(config, shape, world, use_gpu)
+        return estimate_memory(config, shape, shard, use_gpu)
 
     whole = estimate()
     assert whole["weights"] == 4 * count_base(shape)
     assert estimate(use_gpu=True)["weights"] == whole["weights"] // 2
-    assert estimate(world=4)["weights"] == whole["weights"] // 4
-    assert estimate(world=4, dp_replicate_size=4)["weights"] == whole["weights"]
+    assert estimate(shard=4)["weights"] == whole["weights"] // 4
     assert estimate(gradient_checkpointing=True)["activations"] < whole["activations"]
     assert estimate(adapter=None)["optimizer"] == 8 * count_base(shape)

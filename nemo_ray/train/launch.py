@@ -215,7 +215,9 @@ class Launch:
         start: outputs.Start,
     ) -> None:
         config = self.config
-        memory = estimate_memory(config, shape, wanted.num_workers, wanted.use_gpu)
+        _, shard = resources.mesh(wanted.num_workers, config.dp_shard_size, config.dp_replicate_size)
+        whole = resources.layout_is_open(config, wanted.use_gpu)
+        memory = estimate_memory(config, shape, 1 if whole else shard, wanted.use_gpu)
         rows = [
             ("model", hub.reference(config)),
             ("", summary.describe_model(shape)),

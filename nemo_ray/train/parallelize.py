@@ -4,8 +4,12 @@ Three layouts, from two integers whose product is the number of workers:
 - shard = all: each worker holds a part of every block (FSDP2);
 - replicate x shard: sharded within a group, copied across groups (HSDP);
 - shard = 1: each worker holds the whole model, and only gradients are summed. FSDP2 would keep a second copy.
+
+Where none is asked for, as few workers share a copy as can hold one: what is not sharded is not sent either,
+and a step whose weights stay where they are can be recorded as a CUDA graph.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +20,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from nemo_ray.errors import ConfigError
 
+ALONE_BYTES = 4 * 2**20  # of a gradient that is summed where it lies; smaller ones are sent together
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -25,11 +31,27 @@ class Layout:
     shard: int
 
     @classmethod
-    def choose(cls, world_size: int, shard: int | None, replicate: int | None) -> "Layout":
-        """Fill in what is not given; everything is sharded by default.
+    def choose(
+        cls,
+        world_size: int,
+        shard: int | None,
+        replicate: int | None,
+        node_size: int = 1,
+        fits: Callable[[int], bool] = lambda shard: False,
+    ) -> "Layout":
+        """Fill in what is not given.
+
+        Args:
+            node_size: workers on a node.
+            fits: whether so many workers can hold a copy of the weights together, and train.
 
         Raises: ConfigError where the sizes do not multiply to `world_size`.
         """
+        if shard is None and replicate is None:
+            # Within a node, or over whole nodes: a copy that lies across two of them is sent by the slow way.
+            even = [size for size in range(1, world_size) if world_size % size == 0]
+            near = [size for size in even if node_size % size == 0 or size % node_size == 0]
+            shard = next((size for size in near if fits(size)), world_size)
         if shard is None:
             shard = world_size // (replicate or 1)
         if replicate is None:
@@ -46,7 +68,7 @@ class Parallel:
     """What the step needs to know of the layout."""
 
     def __init__(self, model: nn.Module, layout: Layout, world_size: int) -> None:
-        self.model = model
+        self.model, self.layout = model, layout
         self.sharded = layout.shard > 1
         self.world_size = world_size
         # FSDP2 averages gradients over all workers; the loss is divided by the global number of targets.
@@ -67,10 +89,16 @@ class Parallel:
         if self.sharded or self.world_size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        alone = [gradient for gradient in gradients if gradient.nbytes >= ALONE_BYTES]
+        sums = [dist.all_reduce(gradient, async_op=True) for gradient in alone]
+        together = [gradient for gradient in gradients if gradient.nbytes < ALONE_BYTES]
+        if together:
+            flat = torch.cat([gradient.flatten() for gradient in together])
+            dist.all_reduce(flat)
+            for gradient, part in zip(together, flat.split([g.numel() for g in together]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        for pending in sums:
+            pending.wait()
 
 
 def parallelize(model: nn.Module, layout: Layout, device: torch.device, recompute: bool) -> Parallel:

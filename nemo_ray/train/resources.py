@@ -91,8 +91,13 @@ def check_mesh(num_workers: int, shard: int | None, replicate: int | None) -> No
             raise ConfigError(f"{name} ({size}) does not divide the number of workers ({num_workers})")
 
 
+def layout_is_open(config: Config, use_gpu: bool) -> bool:
+    """Whether workers choose, by the memory that they find, how many of them share a copy of the weights."""
+    return use_gpu and config.dp_shard_size is None and config.dp_replicate_size is None
+
+
 def mesh(num_workers: int, shard: int | None, replicate: int | None) -> tuple[int, int]:
-    """(replicate, shard) sizes; what is not given is filled in, all sharded by default."""
+    """(replicate, shard) sizes; what is not given is filled in, all sharded where neither is."""
     if shard is None:
         shard = num_workers // (replicate or 1)
     return num_workers // shard, shard

@@ -15,8 +15,9 @@ from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.statistics import data_statistics, describe
 from nemo_ray.run_dir import RunDir
 from nemo_ray.targets import block_types
+from nemo_ray.train import resources
 from nemo_ray.train.progress import by_dataset, duration
-from nemo_ray.train.resources import Demand, mesh
+from nemo_ray.train.resources import Demand
 
 _KINDS = {"linear_attention": "Mamba-2", "full_attention": "attention", "moe": "MoE", "mlp": "MLP"}
 _COMPLETION_CHARACTERS = 400
@@ -91,10 +92,12 @@ def data_lines(plan: DataPlan, run: RunDir) -> list[str]:
 
 def describe_workers(wanted: Demand, config: Config, where: str) -> str:
     """How many workers, with what, laid out how."""
-    replicate, shard = mesh(wanted.num_workers, config.dp_shard_size, config.dp_replicate_size)
     each = " + ".join(f"{amount:g} {name}" for name, amount in sorted(wanted.per_worker.items()))
     if wanted.at_least is not None:
         return f"{wanted.at_least} to {wanted.num_workers} with {each} each, sharded over all, on {where}"
+    if wanted.num_workers > 1 and resources.layout_is_open(config, wanted.use_gpu):
+        return f"{wanted.num_workers} with {each} each, as few to a copy of the base as hold it, on {where}"
+    replicate, shard = resources.mesh(wanted.num_workers, config.dp_shard_size, config.dp_replicate_size)
     return (
         f"{wanted.num_workers} with {each} each, mesh {replicate} x {shard} (replicate x shard), on {where}"
     )

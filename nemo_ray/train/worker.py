@@ -28,7 +28,9 @@ from nemo_ray.model.lora import LoraTargets
 from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
 from nemo_ray.model.ssd import missing_kernels
+from nemo_ray.plan import estimate_memory
 from nemo_ray.run_dir import RunDir
+from nemo_ray.targets import read_shape
 from nemo_ray.train.checkpoint import TrainState, load_checkpoint, load_weights
 from nemo_ray.train.loop import Trainer
 from nemo_ray.train.loss import bind_loss
@@ -40,6 +42,8 @@ from nemo_ray.train.trackers import open_trackers
 from nemo_ray.train.update import Trainee, compile_kernels
 from nemo_ray.train.watchdog import Watchdog
 from nemo_ray.urls import is_url
+
+FULL = 0.95  # of a GPU's memory: what the estimate may take, that weights are not spread over more GPUs
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,9 @@ def watched(
     if rank == 0:
         missing = missing_kernels(device)
         notices = [missing] if missing is not None else []
+        layout = trainee.parallel.layout
         facts = {"model": count_parameters(trainee.model), "start": seconds, "notices": notices}
+        facts["mesh"] = {"replicate": layout.replicate, "shard": layout.shard}
         run.update_run({**facts, "world_size": dist.get_world_size()})
 
     state = TrainState()
@@ -245,7 +251,7 @@ def make_trainee(
     model_config = read_model_config(base)
     model, targets = build(model_config, config.adapter_config, precision, device)
     bind_loss(model)
-    layout = Layout.choose(dist.get_world_size(), config.dp_shard_size, config.dp_replicate_size)
+    layout = choose_layout(config, base, device)
     auto = config.gradient_checkpointing == "auto"  # on a GPU: all of them, until it is known what fits
     recompute = device.type == "cuda" if auto else bool(config.gradient_checkpointing)
     parallel = parallelize(model, layout, device, recompute)
@@ -256,6 +262,25 @@ def make_trainee(
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(parameters, config.train, dist.get_rank(), dist.get_world_size())
     return Trainee(model.train(), parameters, optimizer, parallel, device), targets
+
+
+def choose_layout(config: Config, base: str, device: torch.device) -> Layout:
+    """The layout that is asked for; else on GPUs the one that fits, and on CPUs everything sharded.
+
+    Called on every worker together: all choose by the GPU that has the least memory.
+    """
+    world_size, asked = dist.get_world_size(), (config.dp_shard_size, config.dp_replicate_size)
+    if device.type != "cuda":
+        return Layout.choose(world_size, *asked)
+    total = torch.cuda.mem_get_info(device)[1] * torch.cuda.get_per_process_memory_fraction()
+    least = torch.tensor(int(total), dtype=torch.int64)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    shape = read_shape(base)
+
+    def fits(shard: int) -> bool:
+        return sum(estimate_memory(config, shape, shard, use_gpu=True).values()) <= FULL * int(least)
+
+    return Layout.choose(world_size, *asked, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), fits)
 
 
 def complete_prompts(trainer: Trainer, config: Config, base: str, stage: str, step: int) -> None:

@@ -521,5 +521,9 @@ def test_the_result_counts_the_steps_that_were_skipped(run: RunDir) -> None:
 def test_sizes() -> None:
     assert (summary.gib(2**31), summary.gib(3 * 2**20)) == ("2.0 GiB", "3 MiB")
     wanted = resources.Demand(2, True, {"CPU": 1.0, "GPU": 1.0})
-    text = summary.describe_workers(wanted, config(), "a cluster")  # type: ignore[arg-type]
+    text = summary.describe_workers(wanted, config(dp_shard_size=2), "a cluster")  # type: ignore[arg-type]
     assert text == "2 with 1 CPU + 1 GPU each, mesh 1 x 2 (replicate x shard), on a cluster"
+    text = summary.describe_workers(wanted, config(), "a cluster")  # type: ignore[arg-type]
+    assert text == "2 with 1 CPU + 1 GPU each, as few to a copy of the base as hold it, on a cluster"
+    text = summary.describe_workers(resources.Demand(2, False, {"CPU": 1.0}), config(), "a cluster")
+    assert text == "2 with 1 CPU each, mesh 1 x 2 (replicate x shard), on a cluster"

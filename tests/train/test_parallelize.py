@@ -17,6 +17,7 @@ from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
+from nemo_ray.train import parallelize as parallelize_module
 from nemo_ray.train.loss import IGNORED, bind_loss, next_token_targets
 from nemo_ray.train.optim import clip_gradients, make_optimizer
 from nemo_ray.train.parallelize import Layout, parallelize
@@ -109,6 +110,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def compare_layouts(rank: int, folder: str, name: str) -> None:
     case = CASES[name]
+    parallelize_module.ALONE_BYTES = 2048  # some gradients are summed where they lie, some together
     reference, expected = train(Layout(1, 1), 0, case, checkpointing=False)
     assert expected[-2] < 0.95 * expected[0], expected
     for layout in (Layout(1, 4), Layout(2, 2), Layout(4, 1)):
@@ -172,6 +174,23 @@ def test_four_processes_equal_one(tmp_path, name):
 )
 def test_layout_fills_in_what_is_not_given(world, shard, replicate, expected):
     assert Layout.choose(world, shard, replicate) == expected
+
+
+@pytest.mark.parametrize(
+    ("world", "node", "needed", "expected"),
+    [
+        (8, 8, 1, Layout(8, 1)),
+        (8, 8, 3, Layout(2, 4)),  # 3 does not divide it
+        (8, 8, 9, Layout(1, 8)),  # no layout is enough: the one that takes the least
+        (16, 8, 9, Layout(1, 16)),
+        (12, 4, 3, Layout(3, 4)),  # not 3, which would lie across nodes
+        (12, 6, 4, Layout(2, 6)),
+        (1, 1, 2, Layout(1, 1)),
+    ],
+)
+def test_as_few_workers_share_a_copy_as_hold_it(world, node, needed, expected):
+    assert Layout.choose(world, None, None, node, lambda shard: shard >= needed) == expected
+    assert Layout.choose(world, 1, None, node, lambda shard: shard >= needed) == Layout(world, 1)
 
 
 @pytest.mark.parametrize(
