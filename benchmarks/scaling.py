@@ -48,12 +48,13 @@ class Model:
     """None: the demo's base, as it is."""
 
 
+RANDOM = ("reinit_weights=true", "gradient_checkpointing=auto")
 FOUR_BITS = ("adapter=qlora", "load_in_4bit=true", "quantize_moe_experts=true")
 MODELS = {
-    "tiny": Model(("sequence_len=512", ATTENTION, EXPERTS, "lora_r=16", "reinit_weights=true")),
-    "nano": Model(("sequence_len=8192", ATTENTION, EXPERTS, "lora_r=16", "reinit_weights=true"), NANO),
+    "tiny": Model(("sequence_len=512", ATTENTION, EXPERTS, "lora_r=16", *RANDOM)),
+    "nano": Model((*RANDOM, "sequence_len=8192", ATTENTION, EXPERTS, "lora_r=16"), NANO),
     "super": Model(
-        (*FOUR_BITS, "sequence_len=4096", ATTENTION_AND_MAMBA, EXPERTS, "lora_r=8", "reinit_weights=true"),
+        (*FOUR_BITS, *RANDOM, "sequence_len=4096", ATTENTION_AND_MAMBA, EXPERTS, "lora_r=8"),
         SUPER,
     ),
 }

@@ -457,7 +457,9 @@ class TrainSection(Section):
         "is none; or the path of a checkpoint, or its URL in an `output_dir` that is one.",
     )
     dp_shard_size: PositiveInt | None = Field(
-        None, description="Workers that share one copy of the weights (FSDP2)."
+        None,
+        description="Workers that share one copy of the weights (FSDP2); 1: each holds all of them. Without "
+        "this key and the next, on GPUs the fewest that have the memory, on CPUs all.",
     )
     dp_replicate_size: PositiveInt | None = Field(
         None, description="Groups of dp_shard_size workers; each group holds a copy of the weights."

@@ -1,0 +1,29 @@
+"""What a worker does once before its first step."""
+
+import torch
+
+from nemo_ray.config.schema import TrainSection
+from nemo_ray.train.optim import make_optimizer
+from nemo_ray.train.parallelize import Layout, parallelize
+from nemo_ray.train.update import Trainee, compile_kernels
+from tests.model.shapes import CPU
+from tests.train.test_graph import trained
+
+
+def test_kernels_are_compiled_at_the_size_that_trains():
+    model, parameters = trained()
+    parallel = parallelize(model, Layout(1, 1), CPU, recompute=False)
+    optimizer = make_optimizer(parameters, TrainSection(), rank=0, world_size=1)
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    seen, original = [], model.target_log_probs
+
+    def target_log_probs(batch, targets):
+        seen.append((tuple(batch.input_ids.shape), torch.is_grad_enabled(), model.training))
+        return original(batch, targets)
+
+    model.target_log_probs = target_log_probs
+    compile_kernels(Trainee(model.eval(), parameters, optimizer, parallel, CPU), 2, 96)
+    assert seen == [((2, 96), True, True)]
+    assert all(p.grad is None for p in parameters.values())
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, before[name]), name
