@@ -97,7 +97,7 @@ class _Bank:
         A, B = getattr(experts, f"{side}_lora_A"), getattr(experts, f"{side}_lora_B")
         self.has_lora = A is not None
         if self.has_lora:
-            self.rank = A.shape[1]
+            self.rank, self.trained = A.shape[1], A.dtype
             padding = -self.rank % (ROW_BYTES // dtype.itemsize)
             self.A = F.pad(A.to(dtype), (0, 0, 0, padding)) if padding else A.to(dtype)  # (E, R, inputs)
             self.B = F.pad(B.to(dtype), (0, padding)) if padding else B.to(dtype)  # (E, outputs, R)
@@ -115,13 +115,13 @@ class _Bank:
         out = grouped_matmul(x, whole(self.weight, x.dtype).transpose(-2, -1), ends)
         return out if inner is None else add_factors_(out, inner, self.B, ends)
 
-    def factor_gradients(
-        self, x: torch.Tensor, grad: torch.Tensor, inner: torch.Tensor, grad_inner: torch.Tensor, ends
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of A (E, R, inputs) and B (E, outputs, R), from what they met."""
-        grad_A = grouped_outer(grad_inner, x, ends)[:, : self.rank]
-        grad_B = grouped_outer(grad, inner, ends)[:, :, : self.rank]
-        return grad_A, grad_B
+    def a_gradient(self, grad_inner: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """(E, R, inputs), from the gradient of A x (S, R) and x (S, inputs)."""
+        return grouped_outer(grad_inner, x, ends)[:, : self.rank].to(self.trained)
+
+    def b_gradient(self, grad: torch.Tensor, inner: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """(E, outputs, R), from the gradient of the output (S, outputs) and scaling * A x (S, R)."""
+        return grouped_outer(grad, inner, ends)[:, :, : self.rank].to(self.trained)
 
 
 class _UpGradient(torch.autograd.Function):
@@ -132,7 +132,7 @@ class _UpGradient(torch.autograd.Function):
         bank = _Bank(experts, "up", tokens.dtype)
         x = at_slots(tokens, slots)
         inner = bank.inner(x, slots.ends) if bank.has_lora else None
-        ctx.save_for_backward(tokens, weight, lora_A, lora_B, inner)
+        ctx.save_for_backward(tokens, weight, inner)
         ctx.experts, ctx.slots = experts, slots
         ctx.mark_non_differentiable(*(t for t in (x, inner) if t is not None))
         ctx.set_materialize_grads(False)  # or zeros would be made for these two
@@ -140,7 +140,7 @@ class _UpGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor, *_: None):
-        tokens, weight, lora_A, lora_B, inner = ctx.saved_tensors
+        tokens, weight, inner = ctx.saved_tensors
         slots, ends = ctx.slots, ctx.slots.ends
         bank = _Bank(ctx.experts, "up", grad.dtype)
         grad_weight = grad_A = grad_B = grad_inner = None
@@ -148,8 +148,8 @@ class _UpGradient(torch.autograd.Function):
             x = at_slots(tokens, slots)
             if bank.has_lora:
                 grad_inner = bank.inner_gradient(grad, ends)
-                grad_A, grad_B = bank.factor_gradients(x, grad, inner, grad_inner, ends)
-                grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+                grad_A = bank.a_gradient(grad_inner, x, ends)
+                grad_B = bank.b_gradient(grad, inner, ends)
             if ctx.needs_input_grad[1]:
                 grad_weight = grouped_outer(grad, x, ends).to(weight.dtype)
             del x
@@ -175,7 +175,7 @@ class _DownGradient(torch.autograd.Function):
         # Without factors only the product needs it, and recomputation takes none.
         activated = relu_squared(hidden) if bank.has_lora else None
         inner = None if activated is None else bank.inner(activated, slots.ends)
-        ctx.save_for_backward(hidden, weights, weight, lora_A, lora_B, inner)
+        ctx.save_for_backward(hidden, weights, weight, inner)
         ctx.experts, ctx.slots = experts, slots
         ctx.mark_non_differentiable(*(t for t in (activated, inner) if t is not None))
         ctx.set_materialize_grads(False)
@@ -183,25 +183,26 @@ class _DownGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor, *_: None):
-        hidden, weights, weight, lora_A, lora_B, inner = ctx.saved_tensors
+        hidden, weights, weight, inner = ctx.saved_tensors
         slots, ends = ctx.slots, ctx.slots.ends
         bank = _Bank(ctx.experts, "down", hidden.dtype)
         grad_out = at_slots(grad, slots)
         at_sorted = weights.flatten()[slots.order]
+        scale = at_sorted.to(grad.dtype).unsqueeze(-1)
         grad_hidden = grouped_matmul(grad_out, whole(bank.weight, grad.dtype), ends)
-        grad_inner = bank.inner_gradient(grad_out, ends) if bank.has_lora else None
-        factors = bank.A.transpose(-2, -1) if bank.has_lora else None
+        grad_weight = grad_A = grad_B = grad_inner = factors = None
+        if bank.has_lora:
+            grad_inner, factors = bank.inner_gradient(grad_out, ends), bank.A.transpose(-2, -1)
+            grad_B = bank.b_gradient(grad_out, inner * scale, ends)
+        if not ctx.needs_input_grad[2]:
+            del grad_out  # the largest of all, and the activation comes next
         keep = bank.has_lora or ctx.needs_input_grad[2]
         activated, dots = activation_gradient_(
             grad_hidden, hidden, at_sorted, grad_inner, factors, ends, keep
         )
         grad_weights = dots[slots.back].view_as(weights).to(weights.dtype)
-        scale = at_sorted.to(grad.dtype).unsqueeze(-1)
-        grad_weight = grad_A = grad_B = None
         if bank.has_lora:
-            weighted = inner * scale, grad_inner * scale
-            grad_A, grad_B = bank.factor_gradients(activated, grad_out, *weighted, ends)
-            grad_A, grad_B = grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+            grad_A = bank.a_gradient(grad_inner * scale, activated, ends)
         if ctx.needs_input_grad[2]:
             grad_weight = grouped_outer(grad_out, activated.mul_(scale), ends).to(weight.dtype)
         return grad_hidden, grad_weights, grad_weight, grad_A, grad_B, None, None
@@ -244,14 +245,17 @@ class RoutedExperts(nn.Module):
     ) -> torch.Tensor:
         """tokens (N, H), top_k_index and top_k_weights (N, K) -> (N, H)."""
         slots = sort_slots(top_k_index, self.num_experts)
-        product, *inputs = _UpGradient.apply(tokens, *self._trained("up"), self, slots)
-        hidden = Deferred.apply(product, partial(self._project, "up", *inputs, slots))
+        product, x, inner = _UpGradient.apply(tokens, *self._trained("up"), self, slots)
+        hidden = Deferred.apply(product, partial(self._project, "up", x, inner, slots))
+        del x, inner  # what nothing needs again makes room at once: rows of slots are the largest tensors
         product, activated, inner = _DownGradient.apply(
             hidden, top_k_weights, *self._trained("down"), self, slots
         )
+        source, is_activated = (hidden, False) if activated is None else (activated, True)
+        del hidden, activated
 
         def combined() -> torch.Tensor:
-            x = relu_squared(hidden) if activated is None else activated
+            x = source if is_activated else relu_squared(source)
             return combine(self._project("down", x, inner, slots), slots.back, top_k_weights)
 
         return Deferred.apply(product, combined)
