@@ -19,6 +19,8 @@ COMMANDS = {
     "train": Command("nemo_ray.train.__main__", "fine-tune as a YAML file says"),
     "tune": Command("nemo_ray.tune.__main__", "train many times with other settings, and keep the best"),
     "prepare": Command("nemo_ray.data.__main__", "tokenize and pack a run's data before it is needed"),
+    "status": Command("nemo_ray.view.status", "show the state of a run or a sweep"),
+    "report": Command("nemo_ray.view.report", "write a page of curves, speed, data and events"),
     "export": Command("nemo_ray.export.__main__", "merge an adapter, or check it in plain libraries"),
     "generate": Command("nemo_ray.model.generate", "answer a prompt with a model and an adapter"),
 }

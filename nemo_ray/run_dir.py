@@ -8,6 +8,7 @@
     data_plan.json     the windows that the run began with
     tensorboard/       event files;  wandb/: W&B's own;  trackers.json: the runs' ids in W&B and MLflow
     nonfinite/         batches of steps whose loss or gradient was not finite
+    report.html        what `nemo-ray report` made of it
     rejected.jsonl     the rows that cannot be used, and why;  data.html: the data to look at, kept by `clear`
     progress.json      where the run is now;  stop: somebody asked it to end;  error.log: the full traceback
     prepared/          shards, where no dataset_prepared_path is given. Content-addressed: kept by `clear`
@@ -65,6 +66,7 @@ class RunDir:
         self.nonfinite_dir = self.path / "nonfinite"
         self.rejected_file = self.path / "rejected.jsonl"
         self.data_page = self.path / "data.html"
+        self.report_file = self.path / "report.html"
         self.progress_file = self.path / "progress.json"
         self.stop_file = self.path / "stop"
         self.error_file = self.path / "error.log"
@@ -127,7 +129,7 @@ class RunDir:
         """Everything that `clear` removes."""
         helpers = (self.progress_file, self.stop_file, self.error_file, self.data_plan_file, self.ray_dir)
         trackers = (self.tensorboard_dir, self.wandb_dir, self.trackers_file)
-        lists = (self.nonfinite_dir, self.rejected_file)
+        lists = (self.nonfinite_dir, self.rejected_file, self.report_file)
         return (*self._results(), *helpers, *trackers, *lists, self.run_json)
 
     def holds_run(self) -> bool:
@@ -361,8 +363,8 @@ class RunDir:
         return self.ranks_dir / f"rank-{rank}.txt"
 
     def append_failure(self, row: Mapping[str, Any]) -> None:
-        """Append {"line": what happened, "restart": whether the workers start again}."""
-        append_row(self.failures_file, row)
+        """Append {"line": what happened, "restart": whether the workers start again}, with the time."""
+        append_row(self.failures_file, {"time": datetime.now(UTC).isoformat(timespec="seconds"), **row})
 
     def read_failures(self) -> list[dict[str, Any]]:
         """The failures of workers since the driver began, oldest first."""

@@ -90,8 +90,9 @@ class FolderCopy:
 class StoredRunDir(RunDir):
     """The same, for processes on the driver's node. `path` is that node's folder."""
 
-    def __init__(self, url: str) -> None:
-        super().__init__(working_folder(url))
+    def __init__(self, url: str, folder: Path | None = None) -> None:
+        """folder: for who only looks, another one than the run's own on this node."""
+        super().__init__(folder or working_folder(url))
         self.url = url.rstrip("/")
         self._copy = FolderCopy(self.path, self.url)
 

@@ -172,6 +172,11 @@ def only_while_held(folder: Path, driver: Driver) -> Iterator[None]:
         left.set()
 
 
+def read_holder(folder: Path) -> Driver | None:
+    """Who is named in a folder, alive or dead; None where nobody is. Raises OSError."""
+    return _read(folder / FILE_NAME)
+
+
 def _read(path: Path) -> Driver | None:
     """Who is named there; None where there is no file. Raises OSError."""
     try:

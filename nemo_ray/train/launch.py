@@ -114,6 +114,7 @@ class Launch:
         self.interrupts = Interrupts(lambda: self._end(INTERRUPTED))
         self.started_s = time.monotonic()
         self.begun = self.stopped = False
+        self.failed_with: str | None = None
         self._ending = threading.Lock()
 
     def run(self) -> int:
@@ -298,7 +299,7 @@ class Launch:
 
     def _tell(self, error: BaseException) -> None:
         cause = root_cause(error)
-        line = one_line(error)
+        line = self.failed_with = one_line(error)
         if self.begun and self.lock.holds():
             who = "driver" if cause is error else "driver, about a worker"
             text = "".join(traceback.format_exception(error))
@@ -329,10 +330,12 @@ class Launch:
         run = self.run_dir
         if not self.begun or not self.lock.holds():
             return
+        failures = run.read_failures()
         shutil.rmtree(run.ray_dir, ignore_errors=True)
         run.stop_file.unlink(missing_ok=True)
         outcome = {0: "finished", INTERRUPTED: "stopped"}.get(code, "failed")
         facts = {"outcome": outcome, "ended_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        facts |= {"failures": failures, "error": self.failed_with}
         with contextlib.suppress(OSError):  # a full disk, or a store that is away, has been told of already
             if code != 0 and not run.has_trained():
                 run.clear(keep=(run.error_file, run.rejected_file))

@@ -251,6 +251,7 @@ def record_run(run: RunDir, facts: Mapping[str, Any]) -> None:
     earlier = before.pop("earlier", [])
     if before:
         kept = ("started_at", "ended_at", "outcome", "world_size", "git_revision", "versions")
+        kept += ("failures", "error")
         earlier = [*earlier, {name: before[name] for name in kept if name in before}]
     run.write_run({**facts, **({"earlier": earlier} if earlier else {})})
 

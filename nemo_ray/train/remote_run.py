@@ -54,6 +54,9 @@ class RemoteRunDir(RunDir):
     def read_run(self) -> dict[str, Any]:
         return dict(self._ask("read_run"))
 
+    def read_failures(self) -> list[dict[str, Any]]:
+        return list(self._ask("read_failures"))
+
     def update_run(self, facts: Mapping[str, Any]) -> None:
         self._ask("update_run", dict(facts))
 

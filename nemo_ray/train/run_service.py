@@ -15,8 +15,8 @@ from nemo_ray.train.driver import Driver
 from nemo_ray.train.store_lock import read_holder
 
 OPEN_METHODS = frozenset(
-    ("append_error", "checkpoint_steps", "read_completions", "read_metrics", "read_run", "read_trackers")
-    + ("stop_requested",)
+    ("append_error", "checkpoint_steps", "read_completions", "read_failures", "read_metrics", "read_run")
+    + ("read_trackers", "stop_requested")
 )
 """What any start may call."""
 METHODS = frozenset(

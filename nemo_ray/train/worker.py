@@ -128,6 +128,7 @@ def watched(
         notices = [missing] if missing is not None else []
         layout = trainee.parallel.layout
         facts = {"model": count_parameters(trainee.model), "start": seconds, "notices": notices}
+        facts["failures"] = run.read_failures()  # of workers before these
         facts["mesh"] = {"replicate": layout.replicate, "shard": layout.shard}
         run.update_run({**facts, "world_size": dist.get_world_size()})
 

@@ -14,11 +14,10 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from nemo_ray.config.translate import show
+from nemo_ray.pages import thin
 from nemo_ray.tune.space import Point
 from nemo_ray.tune.trial import Evaluation
 
-MOST_POINTS = 300
-"""Of a line: a long run's losses are thinned."""
 _FEWEST = 3  # trials that importance is told from
 
 
@@ -51,12 +50,6 @@ def curves(trials: Sequence[Trial], best: int | None, metric: str) -> go.Figure:
 def training(trials: Sequence[Trial], best: int | None) -> go.Figure:
     """Each trial's training loss."""
     return _lines([(trial, thin(trial.losses)) for trial in trials], best, "lines", "training loss")
-
-
-def thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most MOST_POINTS of them, the last one among these."""
-    every = max(1, math.ceil(len(points) / MOST_POINTS))
-    return list(points[::-1][::every][::-1])
 
 
 def _lines(

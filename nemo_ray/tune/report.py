@@ -3,16 +3,13 @@
 Written from the sweep's directory alone, again and again while the sweep runs.
 """
 
-from importlib.resources import files
 from typing import Any
 
-import plotly.graph_objects as go
 import yaml
-from plotly.io import to_html
-from plotly.offline import get_plotlyjs
 
 from nemo_ray.config.translate import show
 from nemo_ray.data.charts import number, section, soft, table, text
+from nemo_ray.pages import Tile, chart, page
 from nemo_ray.storage import publish_bytes
 from nemo_ray.train.progress import duration
 from nemo_ray.tune import figures
@@ -22,28 +19,6 @@ from nemo_ray.tune.figures import Trial
 from nemo_ray.tune.shards import Shard
 from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
 from nemo_ray.tune.trial import Teller
-
-REFRESH_S = 30
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
-_HEIGHT_PX = 380
-_STYLE = """
-table.sorted th[scope=col] { cursor: pointer; }
-table.sorted td:last-child { min-width: 18em; }
-pre { overflow-x: auto; user-select: all; }
-"""
-# A click on a column's head sorts by it, a second one the other way round.
-_SORT = """
-for (const table of document.querySelectorAll("table.sorted")) {
-  const rows = table.tBodies[0];
-  table.querySelectorAll("thead th").forEach((head, column) => head.addEventListener("click", () => {
-    const sign = (head.dataset.sign = head.dataset.sign === "1" ? "-1" : "1");
-    const key = (row) => row.cells[column].textContent.replaceAll(",", "");
-    const compare = (a, b) => key(a) === "" ? 1 : key(b) === "" ? -1
-      : (isNaN(key(a)) || isNaN(key(b)) ? key(a).localeCompare(key(b)) : key(a) - key(b)) * sign;
-    rows.append(...[...rows.rows].sort(compare));
-  }));
-}
-"""
 
 
 def write_report(folder: SweepDir) -> None:
@@ -77,7 +52,7 @@ def report_page(title: str, facts: dict[str, Any], trials: list[Trial], ends: di
     """The page's HTML. Args: `facts`: sweep.json; `trials`: those that have begun."""
     section_keys, running = facts["tune"], "outcome" not in facts
     metric, best = section_keys["metric"], best_of(ends.values(), section_keys["mode"])
-    body = [_head(title, facts, trials, ends, best)]
+    body = []
     for name, words, figure in (
         (metric, "At each evaluation.", figures.curves(trials, best, metric)),
         ("Training loss", "", figures.training(trials, best)),
@@ -89,24 +64,17 @@ def report_page(title: str, facts: dict[str, Any], trials: list[Trial], ends: di
         ("All parameters", "A line is a trial.", figures.parallel(trials, metric)),
     ):
         if figure is not None and figure.data:
-            body.append(section(name, soft(words), _chart(figure)))
+            body.append(section(name, soft(words), chart(figure)))
     body += [_importance(trials), _table(trials, ends, best, metric, Spent.of(facts))]
     if best is not None:
         body.append(_configuration(facts, best))
-    refresh = f'<meta http-equiv="refresh" content="{REFRESH_S}">' if running else ""
-    style = files("nemo_ray.data").joinpath("page.css").read_text(encoding="utf-8") + _STYLE
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">{refresh}'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Sweep {text(title)}</title><style>{style}</style><script>{get_plotlyjs()}</script></head>\n"
-        f"<body><main>{''.join(body)}</main><script>{_SORT}</script></body></html>\n"
-    )
+    tiles = _tiles(facts, trials, ends, best)
+    return page(f"Sweep {title}", tiles, body, running=running)
 
 
-def _head(
-    title: str, facts: dict[str, Any], trials: list[Trial], ends: dict[int, TrialEnd], best: int | None
-) -> str:
+def _tiles(
+    facts: dict[str, Any], trials: list[Trial], ends: dict[int, TrialEnd], best: int | None
+) -> list[Tile]:
     states = [end.status for end in ends.values()]
     num_trials = len(Shard.of(facts).numbers(len(facts["trials"])))
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -124,23 +92,7 @@ def _head(
         tiles.append(("GPU hours", f"{spent.gpu_hours():,.2f}", words))
     if best is not None:
         tiles.insert(0, ("Best", f"{ends[best].value:.4f}", f"trial {best}, {facts['tune']['metric']}"))
-    cards = "".join(
-        f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(words)}</small></dd></div>"
-        for name, value, words in tiles
-    )
-    return f'<header><h1>Sweep {text(title)}</h1><dl class="tiles">{cards}</dl></header>'
-
-
-def _chart(figure: go.Figure) -> str:
-    figure.update_layout(
-        template="plotly_white",
-        margin={"l": 60, "r": 20, "t": 40, "b": 50},
-        legend={"orientation": "h", "y": -0.2},
-    )
-    options = {"responsive": True, "displaylogo": False}
-    return to_html(
-        figure, config=options, include_plotlyjs=False, full_html=False, default_height=f"{_HEIGHT_PX}px"
-    )
+    return tiles
 
 
 def _importance(trials: list[Trial]) -> str:
@@ -151,7 +103,7 @@ def _importance(trials: list[Trial]) -> str:
         f"How much of the order of {count} trials each parameter explains alone, at evaluation {at}, which "
     )
     words += "all of them reached. With few trials a large share can be chance."
-    return section("Importance", soft(words), _chart(figures.importance_bars(shares)))
+    return section("Importance", soft(words), chart(figures.importance_bars(shares)))
 
 
 def _table(

@@ -1,18 +1,20 @@
-"""A sweep's report in a real browser, at two widths: Chromium draws every chart, and fetches nothing."""
+"""Reports in a real browser, at two widths: Chromium draws every chart, and fetches nothing."""
 
 import json
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nemo_ray.view import report
 from tests.tune.test_report import write_sweep
+from tests.view.runs import write_run
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
-NUM_CHARTS = 5
 _BROWSERS_OWN = "not an origin"
 """Who asks for what no page did, in Chromium's log."""
 
@@ -34,17 +36,30 @@ def dom(page: Path, width: int, folder: Path) -> tuple[str, list[str]]:
     return drawn, sorted({one["url"] for one in asked if one["initiator"] != _BROWSERS_OWN})
 
 
+def of_a_sweep(folder: Path) -> tuple[Path, int, int]:
+    return write_sweep(folder / "sweep").report_file, 5, 3
+
+
+def of_a_run(folder: Path) -> tuple[Path, int, int]:
+    run = write_run(folder / "run", outcome="finished")
+    report.write(str(run.path), None)
+    return run.report_file, 7, 2
+
+
 @pytest.mark.parametrize("width", [1280, 600])
-def test_every_chart_is_drawn(tmp_path: Path, width: int) -> None:
-    page = write_sweep(tmp_path / "sweep").report_file
+@pytest.mark.parametrize("write", [of_a_sweep, of_a_run])
+def test_every_chart_is_drawn(
+    tmp_path: Path, write: Callable[[Path], tuple[Path, int, int]], width: int
+) -> None:
+    page, num_charts, num_lines = write(tmp_path)
     drawn, asked = dom(page, width, tmp_path)
     assert not asked
     drawn = drawn[drawn.index("<body>") :]
     charts = drawn.split('class="plotly-graph-div')[1:]
-    assert len(charts) == NUM_CHARTS
+    assert len(charts) == num_charts
     for chart in charts:
         assert 'class="main-svg"' in chart and re.search(r'class="(trace|point)[ "]', chart)
-    assert charts[0].count('class="trace scatter') >= 3, "a line for each trial"
+    assert charts[0].count('class="trace scatter') >= num_lines
     widths = [float(found) for found in re.findall(r'class="main-svg"[^>]*? width="([\d.]+)"', drawn)]
     assert widths and max(widths) <= width
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import yaml
 
+from nemo_ray.pages import MOST_POINTS, thin
 from nemo_ray.tune import figures
-from nemo_ray.tune.figures import MOST_POINTS, Trial, importance, thin
+from nemo_ray.tune.figures import Trial, importance
 from nemo_ray.tune.report import write_report
 from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
 from nemo_ray.tune.trial import Evaluation

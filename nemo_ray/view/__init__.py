@@ -1,0 +1,1 @@
+"""Looking at runs from outside: `nemo-ray status` and `nemo-ray report`."""
