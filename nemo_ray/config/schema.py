@@ -555,6 +555,12 @@ class RaySection(Section):
     accelerator_type: Text | None = Field(
         None, description="Kind of GPU to ask for, in Ray's names, such as `H100`."
     )
+    wait_for_nodes_s: NonNegative = Field(
+        0.0,
+        description="How long a cluster may take to have room for the workers, for an autoscaler that starts "
+        "nodes. They are asked for at once, and no more than the workers need. Where GPUs come only then, "
+        "`use_gpu: true` says so.",
+    )
     max_failures: FailureCount = Field(
         3,
         description="Restarts from the last checkpoint after lost workers. Each new checkpoint sets the "

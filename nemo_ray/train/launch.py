@@ -41,6 +41,7 @@ from nemo_ray.train.driver_lock import DriverLock
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.progress import ProgressDisplay
+from nemo_ray.train.room import wait_for_room
 from nemo_ray.train.store_lock import StoreLock
 from nemo_ray.train.trackers.setup import check_trackers, variables_to_pass_on
 
@@ -189,17 +190,18 @@ class Launch:
 
     def _enter_ray(self, address: str | None) -> tuple[resources.Demand, bool]:
         """Start or join Ray. Returns the workers' demand, and whether data is prepared beside them."""
+        section = self.config.ray
         if address is None:
             wanted = resources.demand(self.config, resources.gpus_here(os.environ))
             session.start_local(resources.local_cpus(wanted), self.environment)
-            nodes = session.nodes()
-        else:
-            session.connect(address, self.environment, self._variables_to_pass_on())
-            nodes = session.nodes()
-            if len(nodes) > 1:
-                check_nodes(self.config)
-            wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in nodes))
-        return wanted, resources.place(wanted, nodes, self.config.ray.accelerator_type)
+            return wanted, resources.place(wanted, session.nodes(), section.accelerator_type)
+        session.connect(address, self.environment, self._variables_to_pass_on())
+        wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in session.nodes()))
+        room = wanted, section.accelerator_type, section.wait_for_nodes_s
+        beside = wait_for_room(*room, session.nodes, self.say)
+        if len(session.nodes()) > 1:
+            check_nodes(self.config)
+        return wanted, beside
 
     def _variables_to_pass_on(self) -> dict[str, str]:
         """What processes on other nodes need to reach the hub, the object stores and trackers."""

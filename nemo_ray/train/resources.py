@@ -108,15 +108,20 @@ def local_cpus(wanted: Demand) -> int:
     return max(cpus_here(), -int(-(wanted.worker_cpus + DATA_TASK_CPUS) // 1))
 
 
+def bundle(wanted: Demand, accelerator_type: str | None) -> dict[str, float]:
+    """Ray resources of one worker, the kind of GPU among them."""
+    if accelerator_type is None:
+        return dict(wanted.per_worker)
+    return {**wanted.per_worker, f"accelerator_type:{accelerator_type}": 0.001}
+
+
 def place(wanted: Demand, nodes: Sequence[Mapping[str, float]], accelerator_type: str | None) -> bool:
     """Whether data can be prepared while the workers train: their CPUs + one data task's <= all CPUs.
 
     False: all CPUs go to the workers, so data is prepared first. `nodes`: each node's total resources.
     Raises: ClusterError where the workers do not fit at all, which Ray would wait for without end.
     """
-    per_worker = dict(wanted.per_worker)
-    if accelerator_type is not None:
-        per_worker[f"accelerator_type:{accelerator_type}"] = 0.001
+    per_worker = bundle(wanted, accelerator_type)
     total_cpus = sum(node.get("CPU", 0.0) for node in nodes)
     left = wanted.num_workers
     spare = 0.0

@@ -33,6 +33,7 @@ from nemo_ray.train.driver_lock import DriverLock
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.launch import check_nodes, prepare_data
+from nemo_ray.train.room import wait_for_room
 from nemo_ray.train.trackers.setup import check_trackers
 from nemo_ray.train.trackers.setup import variables_to_pass_on as trackers_variables
 from nemo_ray.tune import setup, words
@@ -208,16 +209,18 @@ class SweepLaunch:
             # One more, of which the trials' own processes take their parts.
             session.start_local(resources.local_cpus(wanted) + 1, self.environment)
             nodes = session.nodes()
+            resources.place(wanted, nodes, config.ray.accelerator_type)
         else:
             variables = urls.variables_to_pass_on(store_urls(config), os.environ)
             variables |= hub.variables_to_pass_on(config, os.environ)
             variables |= trackers_variables(config.tracking, os.environ)
             session.connect(address, self.environment, variables)
+            wanted = resources.demand(config, sum(node.get("GPU", 0.0) for node in session.nodes()))
+            section = config.ray  # one trial fits, or it says what does not
+            wait_for_room(wanted, section.accelerator_type, section.wait_for_nodes_s, session.nodes, self.say)
             nodes = session.nodes()
             if len(nodes) > 1:
                 check_nodes(config)
-            wanted = resources.demand(config, sum(node.get("GPU", 0.0) for node in nodes))
-        resources.place(wanted, nodes, config.ray.accelerator_type)  # one fits, or it says what does not
         most = min(len(self.numbers), asked or len(self.numbers))
         return wanted, setup.most_at_once(wanted, nodes, config.ray.accelerator_type, most)
 

@@ -64,15 +64,18 @@ class Sweep:
     """Trials at the ends of the space, checked in place of those that are not known yet."""
 
 
-def load_sweep(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(
+    source: str | Mapping[str, Any], overrides: Sequence[str] = (), *, check_paths: bool = True
+) -> Sweep:
     """Read and check a sweep and the configuration of every trial.
 
-    source: path of a YAML file, or its content. Raises ConfigError, a line a problem.
+    source: path of a YAML file, or its content. check_paths: as in load_config. Raises ConfigError, a line a
+    problem.
     """
     raw = read_raw(source, overrides)
     section = _section(raw.pop("tune", None))
     space = _space(section)
-    base = check_raw(copy.deepcopy(raw))
+    base = check_raw(copy.deepcopy(raw), check_paths=check_paths)
     for key in ("wandb_run_id", "mlflow_parent_run_id"):
         if getattr(base.config, key) is not None:
             raise ConfigError(f"{key}: each trial of a sweep has a run of its own, in a group; remove it")
@@ -82,7 +85,7 @@ def load_sweep(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -
         output_dir = join(base.config.output_dir, TRIALS_NAME, trial_name(number))
         own = {**copy.deepcopy(raw), **copy.deepcopy(point), "output_dir": output_dir}
         try:
-            return Trial(number, point, check_raw(own).config)
+            return Trial(number, point, check_raw(own, check_paths=check_paths).config)
         except ConfigError as error:
             values = ", ".join(f"{name}={show(value)}" for name, value in point.items())
             lines = (f"trial {number} ({values}): {line}" for line in str(error).splitlines())

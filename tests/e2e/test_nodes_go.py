@@ -1,4 +1,4 @@
-"""A node of the cluster dies, or is taken back: the run goes on elsewhere, as if nothing had been."""
+"""Nodes die, are taken back, or come late: the run goes on elsewhere, or waits, as if nothing had been."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +24,15 @@ def cluster(tmp_path: Path) -> Iterator[Nodes]:
         yield made
 
 
-def train(world: World, name: str, cluster: Nodes, num_workers: Any, **changes: Any) -> Command:
+def train(
+    world: World, name: str, cluster: Nodes, num_workers: Any, wait_for_nodes_s: float = 0.0, **changes: Any
+) -> Command:
     """The reference's steps, split over two workers."""
     ray = {
         "address": cluster.address,
         "num_workers": num_workers,
         "resources_per_worker": {"CPU": 1, "seat": 1},
+        "wait_for_nodes_s": wait_for_nodes_s,
     }
     output = str(world.run_dir(name).path)
     config = world.write_yaml(output_dir=output, micro_batch_size=2, ray=ray, **changes)
@@ -41,6 +44,16 @@ def ends_like(started: Command, run: RunDir, reference: RunDir) -> None:
     assert "Traceback" not in started.output and not started.errors, started.output
     assert_same_course(run, reference)
     assert_same_adapter(run, reference)
+
+
+def test_a_node_that_comes_late_is_waited_for(world: World, reference: RunDir, cluster: Nodes) -> None:
+    run, refused = world.run_dir("node-late"), train(world, "node-late", cluster, 2)
+    assert refused.end() == 1
+    assert "room for 1; " in refused.errors and "ray.wait_for_nodes_s=600 waits" in refused.errors
+    started = train(world, "node-late", cluster, 2, wait_for_nodes_s=200)
+    started.wait_until(lambda: "waiting for nodes, 200 s at most: 2 workers with" in started.output)
+    cluster.add(1, ROOM_FOR_ONE)
+    ends_like(started, run, reference)
 
 
 def test_a_lost_node_leaves_fewer_workers(world: World, reference: RunDir, cluster: Nodes) -> None:
