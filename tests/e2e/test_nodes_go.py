@@ -49,7 +49,8 @@ def ends_like(started: Command, run: RunDir, reference: RunDir) -> None:
 def test_a_node_that_comes_late_is_waited_for(world: World, reference: RunDir, cluster: Nodes) -> None:
     run, refused = world.run_dir("node-late"), train(world, "node-late", cluster, 2)
     assert refused.end() == 1
-    assert "room for 1; " in refused.errors and "ray.wait_for_nodes_s=600 waits" in refused.errors
+    (line,) = refused.errors
+    assert "room for 1; " in line and "ray.wait_for_nodes_s=600 waits" in line
     started = train(world, "node-late", cluster, 2, wait_for_nodes_s=200)
     started.wait_until(lambda: "waiting for nodes, 200 s at most: 2 workers with" in started.output)
     cluster.add(1, ROOM_FOR_ONE)
