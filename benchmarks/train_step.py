@@ -46,7 +46,7 @@ from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config
 from nemo_ray.data.packing import Pack, build_pack
 from nemo_ray.errors import ConfigError, NemoRayError, tell
-from nemo_ray.plan import count_base, expert_shapes
+from nemo_ray.plan import count_active
 from nemo_ray.targets import Shape, block_types, expert_paths, find_targets, linear_paths, read_shape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,15 +157,6 @@ def configure(arguments: argparse.Namespace, folder: Path) -> tuple[Config, Shap
     if arguments.skew and "moe" not in block_types(shape):
         raise ConfigError(f"--skew: {arguments.model} has no routed experts; remove it")
     return config, shape
-
-
-def active_parameters(shape: Shape) -> int:
-    """Weights of the base that one token meets: all but the embedding table and the experts not chosen."""
-    idle = 0
-    if moe := block_types(shape).count("moe"):
-        expert = sum(out * into for out, into in expert_shapes(shape).values())
-        idle = moe * (shape["n_routed_experts"] - shape["num_experts_per_tok"]) * expert
-    return count_base(shape) - idle - shape["vocab_size"] * shape["hidden_size"]
 
 
 def draw_lengths(documents: str, tokens: int, generator: np.random.Generator) -> list[int]:
@@ -538,7 +529,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config, shape = configure(arguments, Path(folder))
     except NemoRayError as error:
         return tell(error)
-    active, each = active_parameters(shape), 4 if config.adapter else 6
+    active, each = count_active(shape), 4 if config.adapter else 6
     flop = {
         "active_parameters": active,
         "per_token": each * active,

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": Command("nemo_ray.train.__main__", "fine-tune as a YAML file says"),
     "tune": Command("nemo_ray.tune.__main__", "train many times with other settings, and keep the best"),
     "submit": Command("nemo_ray.submit.__main__", "train or sweep as a job of a Ray cluster"),
+    "plan": Command("nemo_ray.plan.__main__", "say what a run takes, before a GPU is paid for"),
     "prepare": Command("nemo_ray.data.__main__", "tokenize and pack a run's data before it is needed"),
     "status": Command("nemo_ray.view.status", "show the state of a run or a sweep"),
     "report": Command("nemo_ray.view.report", "write a page of curves, speed, data and events"),

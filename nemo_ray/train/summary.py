@@ -13,6 +13,7 @@ from rich.text import Text
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.statistics import data_statistics, describe
+from nemo_ray.plan import Memory
 from nemo_ray.run_dir import RunDir
 from nemo_ray.targets import block_types
 from nemo_ray.train import resources
@@ -103,11 +104,11 @@ def describe_workers(wanted: Demand, config: Config, where: str) -> str:
     )
 
 
-def describe_memory(estimate: Mapping[str, int]) -> str:
+def describe_memory(memory: Memory) -> str:
     """The estimate of one worker, largest parts first."""
-    parts = sorted(estimate.items(), key=lambda item: item[1], reverse=True)
+    parts = sorted(memory.classes.items(), key=lambda item: item[1], reverse=True)
     shown = ", ".join(f"{name} {gib(size)}" for name, size in parts if size >= 2**19)
-    return f"about {gib(sum(estimate.values()))} of tensors a worker ({shown})"
+    return f"about {gib(memory.peak)} of tensors a worker ({shown})"
 
 
 def print_rows(console: Console, rows: list[Row]) -> None:

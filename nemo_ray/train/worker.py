@@ -28,7 +28,7 @@ from nemo_ray.model.lora import LoraTargets
 from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
 from nemo_ray.model.ssd import missing_kernels
-from nemo_ray.plan import estimate_memory
+from nemo_ray.plan import FULL, estimate_memory
 from nemo_ray.run_dir import RunDir
 from nemo_ray.targets import read_shape
 from nemo_ray.train.checkpoint import TrainState, load_checkpoint, load_weights
@@ -42,8 +42,6 @@ from nemo_ray.train.trackers import open_trackers
 from nemo_ray.train.update import Trainee, compile_kernels
 from nemo_ray.train.watchdog import Watchdog
 from nemo_ray.urls import is_url
-
-FULL = 0.95  # of a GPU's memory: what the estimate may take, that weights are not spread over more GPUs
 
 
 @dataclass(frozen=True)
@@ -279,7 +277,7 @@ def choose_layout(config: Config, base: str, device: torch.device) -> Layout:
     shape = read_shape(base)
 
     def fits(shard: int) -> bool:
-        return sum(estimate_memory(config, shape, shard, use_gpu=True).values()) <= FULL * int(least)
+        return estimate_memory(config, shape, shard, use_gpu=True).peak <= FULL * int(least)
 
     return Layout.choose(world_size, *asked, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), fits)
 

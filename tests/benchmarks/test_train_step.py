@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import train_step
-from nemo_ray.plan import count_base
+from nemo_ray.plan import count_active, count_base
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_ONLY = {"peak_reserved_gib", "peak_allocated_gib", "matmul_tflops", "mfu", "gpu_busy", "profile"}
@@ -125,7 +125,7 @@ def test_a_side_that_takes_too_long_is_ended():
 def test_a_token_meets_a_tenth_of_nano():
     shape = json.loads(train_step.SHAPES["nano"].read_text())
     assert count_base(shape) == pytest.approx(31.6e9, rel=0.01)
-    assert train_step.active_parameters(shape) == pytest.approx(3.2e9, rel=0.02)
+    assert count_active(shape) == pytest.approx(3.2e9, rel=0.02)
 
 
 # -- documents -----------------------------------------------------------------------------------

@@ -1,9 +1,5 @@
-"""What a run will take, known before it runs: parameters and memory, from config.json alone.
+"""How many parameters a model and its adapter have, by kind, from config.json alone. Arithmetic only."""
 
-Owns arithmetic only; imports neither torch nor transformers.
-"""
-
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +12,6 @@ from nemo_ray.targets import (
     saved_modules,
     strength_of,
 )
-
-FLOAT32_BYTES = 4
-BF16_BYTES = 2
 
 
 def linear_shapes(model: Mapping[str, Any], kind: str) -> dict[str, tuple[int, int]]:
@@ -57,22 +50,51 @@ def expert_shapes(model: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def count_base(model: Mapping[str, Any]) -> int:
-    """Number of the base's parameters."""
-    hidden, total = model["hidden_size"], 0
-    for kind in block_types(model):
-        total += hidden + sum(out * into for out, into in linear_shapes(model, kind).values())
+def count_by_kind(model: Mapping[str, Any]) -> dict[str, int]:
+    """Number of the base's parameters by what they are."""
+    hidden, kinds = model["hidden_size"], block_types(model)
+    counts = {
+        "embedding table": model["vocab_size"] * hidden,
+        "output head": model["vocab_size"] * hidden,
+        "norms": hidden * (len(kinds) + 1),
+    }
+    names = {
+        "linear_attention": "Mamba-2",
+        "full_attention": "attention",
+        "moe": "shared experts",
+        "mlp": "MLP",
+    }
+    for kind in kinds:
+        own = sum(out * into for out, into in linear_shapes(model, kind).values())
         if kind == "linear_attention":
             heads = model["mamba_num_heads"]
             inner = heads * model["mamba_head_dim"]
             channels = inner + 2 * model["n_groups"] * model["ssm_state_size"]
-            total += (
+            own += (
                 channels * (model["conv_kernel"] + int(model.get("use_conv_bias", True))) + inner + 3 * heads
             )
         elif kind == "moe":
             experts = model["n_routed_experts"]
-            total += experts * (hidden + sum(out * into for out, into in expert_shapes(model).values()))
-    return int(total + hidden + 2 * model["vocab_size"] * hidden)
+            each = sum(out * into for out, into in expert_shapes(model).values())
+            counts["routed experts"] = counts.get("routed experts", 0) + experts * each
+            counts["routers"] = counts.get("routers", 0) + experts * hidden
+        counts[names[kind]] = counts.get(names[kind], 0) + own
+    return {name: int(count) for name, count in counts.items()}
+
+
+def count_base(model: Mapping[str, Any]) -> int:
+    """Number of the base's parameters."""
+    return sum(count_by_kind(model).values())
+
+
+def count_active(model: Mapping[str, Any]) -> int:
+    """Those that one token meets: all but the embedding table and the experts that were not chosen."""
+    counts = count_by_kind(model)
+    total = sum(counts.values()) - counts["embedding table"]
+    if "routed experts" in counts:
+        idle = model["n_routed_experts"] - model["num_experts_per_tok"]
+        total -= counts["routed experts"] * idle // model["n_routed_experts"]
+    return total
 
 
 def count_lora(config: Config, model: Mapping[str, Any]) -> int:
@@ -98,54 +120,3 @@ def quantized_bits(num_weights: int, groups: int) -> float:
     blocks = -(-num_weights // groups // 64)
     scale_blocks = -(-blocks // 256)
     return 8 * (32 * blocks + 256 * scale_blocks + 4 * (scale_blocks + 1)) / (num_weights / groups)
-
-
-def base_bytes(config: Config, model: Mapping[str, Any], compute_bytes: int) -> float:
-    """Bytes of the base's weights: what is in 4 bits, and the rest as it computes."""
-    kinds, four_bit, num_quantized = block_types(model), 0.0, 0
-    shapes = []
-    if config.load_in_4bit:
-        shapes += [
-            (shape, math.gcd(shape[0], 64), 1) for k in kinds for shape in linear_shapes(model, k).values()
-        ]
-    if config.quantize_moe_experts:
-        experts = model["n_routed_experts"]
-        for _ in range(kinds.count("moe")):
-            shapes += [(shape, 1, experts) for shape in expert_shapes(model).values()]
-    for (rows, columns), groups, copies in shapes:
-        num_quantized += copies * rows * columns
-        four_bit += copies * rows * columns * quantized_bits(rows * columns, groups) / 8
-    return four_bit + (count_base(model) - num_quantized) * compute_bytes
-
-
-def estimate_memory(config: Config, model: Mapping[str, Any], shard: int, use_gpu: bool) -> dict[str, int]:
-    """Bytes on each worker by class, where `shard` workers hold a copy of the weights together: weights,
-    adapters, gradients, optimizer, activations.
-
-    Activations are a rough bound: what each block keeps (its input only, with gradient checkpointing), the
-    widest block's inside once, and one chunk of logits with its gradient.
-    """
-    base, lora = count_base(model), count_lora(config, model) if config.adapter else 0
-    bf16 = config.bf16 is not False and (use_gpu or config.bf16 is True)
-    compute_bytes = BF16_BYTES if bf16 else FLOAT32_BYTES
-    weights = base_bytes(config, model, compute_bytes if config.adapter else FLOAT32_BYTES)
-    state_bytes = 2 if config.optimizer == "adamw_8bit" else 2 * FLOAT32_BYTES
-    trained = lora if config.adapter else base
-    tokens = config.micro_batch_size * config.sequence_len
-    hidden = model["hidden_size"]
-    widest = 0
-    inside = 0
-    for kind in block_types(model):
-        width = 4 * hidden + 2 * sum(out for out, _ in linear_shapes(model, kind).values())
-        if kind == "moe":
-            width += model["num_experts_per_tok"] * 3 * sum(out for out, _ in expert_shapes(model).values())
-        widest = max(widest, width)
-        inside += hidden if config.gradient_checkpointing else width
-    logits = 3 * min(tokens, 512) * model["vocab_size"] * FLOAT32_BYTES
-    return {
-        "weights": int(weights // shard),
-        "adapters": lora * FLOAT32_BYTES // shard,
-        "gradients": trained * FLOAT32_BYTES // shard,
-        "optimizer": trained * state_bytes // shard,
-        "activations": tokens * (inside + widest) * compute_bytes + logits,
-    }

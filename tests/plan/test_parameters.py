@@ -8,7 +8,8 @@ import torch
 
 from nemo_ray.config.schema import AdapterSection, Config
 from nemo_ray.model.load import Precision, build, count_parameters
-from nemo_ray.plan import base_bytes, count_base, count_lora, estimate_memory
+from nemo_ray.plan import count_base, count_lora, estimate_memory
+from nemo_ray.plan.memory import base_bytes
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
 
 ADAPTERS = [
@@ -44,7 +45,7 @@ def test_the_bytes_of_a_4bit_base_are_those_of_the_model(experts):
     model, _ = build(shape, AdapterSection(), Precision(torch.bfloat16, torch.bfloat16, True, experts), CPU)
     held = sum(p.numel() * p.element_size() for p in model.parameters())
     kept_float32 = 2 * sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
-    assert base_bytes(config, shape.to_dict(), 2) == pytest.approx(held - kept_float32)
+    assert sum(base_bytes(config, shape.to_dict(), 2)) == pytest.approx(held - kept_float32)
 
 
 def test_memory_follows_sharding_precision_and_recomputation():
@@ -52,7 +53,7 @@ def test_memory_follows_sharding_precision_and_recomputation():
 
     def estimate(shard: int = 1, use_gpu: bool = False, **keys: object) -> dict[str, int]:
         config = Config(base_model="x", datasets=[{"path": "y"}], **(ALL_TARGETS | keys))
-        return estimate_memory(config, shape, shard, use_gpu)
+        return estimate_memory(config, shape, shard, use_gpu).classes
 
     whole = estimate()
     assert whole["weights"] == 4 * count_base(shape)

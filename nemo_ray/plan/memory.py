@@ -1,0 +1,171 @@
+"""What a run takes of each GPU's memory, from config.json and the configuration. Arithmetic only.
+
+The peak is reached in the backward pass of a block of the widest kind, when all other blocks' inputs are
+still there. Tokens count with what this package keeps of them (model/experts.py, ssd.py, norm.py), so the
+formulas change with that code; docs/planning.md compares them with what GPUs said.
+
+Shapes: H hidden size, I expert size, K experts a token.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_ray.config.schema import Config
+from nemo_ray.plan.parameters import (
+    count_base,
+    count_lora,
+    expert_shapes,
+    linear_shapes,
+    quantized_bits,
+)
+from nemo_ray.targets import block_types
+
+FLOAT32_BYTES = 4
+BF16_BYTES = 2
+FULL = 0.95
+"""Of a GPU's memory, what an estimate may take to count as fitting."""
+LOSS_TOKENS = 1024
+"""Tokens whose logits exist at a time."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one worker at the worst moment."""
+
+    classes: Mapping[str, int]
+    """By what they are."""
+    peak: int
+    """Of all classes together: gradients fill up while activations go, but where both lie in a CUDA graph."""
+
+    @property
+    def above_weights(self) -> int:
+        """What comes to the base's weights."""
+        return self.peak - self.classes["weights"] - self.classes["quantized weights"]
+
+
+def _quantized_shapes(config: Config, model: Mapping[str, Any]) -> list[tuple[tuple[int, int], int, int]]:
+    """(shape, groups of rows, copies) of every weight that is held in 4 bits."""
+    kinds = block_types(model)
+    shapes: list[tuple[tuple[int, int], int, int]] = []
+    if config.load_in_4bit:
+        shapes += [
+            (shape, math.gcd(shape[0], 64), 1) for k in kinds for shape in linear_shapes(model, k).values()
+        ]
+    if config.quantize_moe_experts:
+        experts = model["n_routed_experts"]
+        for _ in range(kinds.count("moe")):
+            shapes += [(shape, 1, experts) for shape in expert_shapes(model).values()]
+    return shapes
+
+
+def base_bytes(config: Config, model: Mapping[str, Any], compute_bytes: int) -> tuple[float, float]:
+    """Bytes of the base's weights: of what is in 4 bits, and of the rest, as it computes."""
+    four_bit, num_quantized = 0.0, 0
+    for (rows, columns), groups, copies in _quantized_shapes(config, model):
+        num_quantized += copies * rows * columns
+        four_bit += copies * rows * columns * quantized_bits(rows * columns, groups) / 8
+    return four_bit, (count_base(model) - num_quantized) * compute_bytes
+
+
+def kept_width(model: Mapping[str, Any], kind: str) -> int:
+    """Numbers a token that a block of `kind` keeps for its backward pass, its input among them."""
+    hidden = int(model["hidden_size"])
+    shapes = linear_shapes(model, kind)
+    if kind == "moe":
+        inside = model["num_experts_per_tok"] * model["moe_intermediate_size"]
+        return int(2 * hidden + shapes["up_proj"][0] + inside + (model.get("moe_latent_size") or 0))
+    if kind == "linear_attention":  # with LoRA on it; the scan keeps its output before the norm
+        return hidden + shapes["in_proj"][0] + hidden + 2 * shapes["out_proj"][1]
+    if kind == "full_attention":
+        heads = sum(shapes[name][0] for name in ("q_proj", "k_proj", "v_proj"))
+        return 2 * hidden + heads + shapes["o_proj"][1]
+    return 2 * hidden + shapes["up_proj"][0]
+
+
+def backward_width(model: Mapping[str, Any], kind: str) -> int:
+    """Numbers a token that the backward pass of a block of `kind` has beside those, at its peak."""
+    hidden = int(model["hidden_size"])
+    shapes = linear_shapes(model, kind)
+    if kind == "moe":
+        slot = model["moe_intermediate_size"] + expert_shapes(model)["up_proj"][1]
+        return int(model["num_experts_per_tok"] * slot + 2 * hidden + 2 * shapes["up_proj"][0])
+    if kind == "linear_attention":
+        return shapes["in_proj"][0] + 2 * shapes["out_proj"][1] + 2 * hidden
+    return 2 * hidden + sum(out for out, _ in shapes.values())
+
+
+def estimate_memory(
+    config: Config, model: Mapping[str, Any], shard: int, use_gpu: bool, tokens: int | None = None
+) -> Memory:
+    """Of a worker, where `shard` workers hold a copy of the weights together.
+
+    Args:
+        tokens: of a micro-batch; the configuration's by default.
+    """
+    base = count_base(model)
+    trained = count_lora(config, model) if config.adapter else base
+    bf16 = config.bf16 is not False and (use_gpu or config.bf16 is True)
+    compute_bytes = BF16_BYTES if bf16 else FLOAT32_BYTES
+    four_bit, dense = base_bytes(config, model, compute_bytes if config.adapter else FLOAT32_BYTES)
+    quantized = _quantized_shapes(config, model)
+    # Made whole for one product; the bank of all experts is one weight.
+    experts = [math.prod(shape) * copies for shape, _, copies in quantized if copies > 1]
+    whole = max([*experts, *(math.prod(shape) for shape, _, copies in quantized if copies == 1)], default=0)
+    state_bytes = 2 if config.optimizer == "adamw_8bit" else 2 * FLOAT32_BYTES
+    if tokens is None:
+        tokens = config.micro_batch_size * config.sequence_len
+    kinds = block_types(model)
+    backward = max(backward_width(model, kind) for kind in set(kinds))
+    if config.gradient_checkpointing:  # auto keeps more, but only what is left
+        kept = (len(kinds) + 1) * model["hidden_size"] + max(kept_width(model, kind) for kind in set(kinds))
+    else:
+        kept = sum(kept_width(model, kind) for kind in kinds)
+    classes = {
+        "weights": int(dense // shard),
+        "quantized weights": int(four_bit // shard),
+        "one of them whole": whole * compute_bytes,
+        "adapters": trained * FLOAT32_BYTES // shard if config.adapter else 0,
+        "gradients": trained * FLOAT32_BYTES // shard,
+        "optimizer": trained * state_bytes // shard,
+        "activations": int(tokens * (kept + backward) * compute_bytes),
+        "logits": 2 * min(tokens, LOSS_TOKENS) * model["vocab_size"] * compute_bytes,
+        "communication": _gathered(config, model, compute_bytes) if shard > 1 else 0,
+    }
+    total, together = sum(classes.values()), classes["activations"] + classes["logits"]
+    recorded = config.cuda_graphs and use_gpu and shard == 1
+    return Memory(classes, total if recorded else total - min(classes["gradients"], together))
+
+
+def _gathered(config: Config, model: Mapping[str, Any], compute_bytes: int) -> int:
+    """Bytes of the two largest blocks that FSDP2 holds whole at a time."""
+    held = compute_bytes if config.adapter else FLOAT32_BYTES
+    largest = 0
+    for kind in set(block_types(model)):
+        count = sum(out * into for out, into in linear_shapes(model, kind).values())
+        bits = 4.2 if config.load_in_4bit else 8 * held
+        size = count * bits / 8
+        if kind == "moe":
+            bits = 4.2 if config.quantize_moe_experts else 8 * held
+            each = sum(out * into for out, into in expert_shapes(model).values())
+            size += model["n_routed_experts"] * each * bits / 8
+        largest = max(largest, int(size))
+    return 2 * largest
+
+
+def most_tokens(config: Config, model: Mapping[str, Any], shard: int, room_bytes: float) -> int:
+    """The longest micro-batch, in tokens, that fits into `room_bytes` of a GPU; 0 where none does."""
+
+    def fits(tokens: int) -> bool:
+        return estimate_memory(config, model, shard, use_gpu=True, tokens=tokens).peak <= room_bytes
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high < 2**26 and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

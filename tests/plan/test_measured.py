@@ -1,0 +1,69 @@
+"""The estimates beside what GPUs said (docs/planning.md): nothing in them was fitted to these figures."""
+
+import pytest
+
+from nemo_ray.config.schema import Config
+from nemo_ray.plan.__main__ import find_shape
+from nemo_ray.plan.gpus import GIB, GPUS
+from nemo_ray.plan.memory import estimate_memory, most_tokens
+from nemo_ray.plan.speed import MEASURED, estimate_speed
+
+NANO, SUPER = "nemotron-3-nano-30b-a3b", "nemotron-3-super-120b-a12b"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MAMBA = (*ATTENTION, "in_proj", "out_proj")
+EXPERTS = ("experts.up_proj", "experts.down_proj")
+FOUR_BIT = {"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": True}
+
+
+def config(model: str, tokens: int, modules: tuple[str, ...], experts: bool, **keys: object) -> Config:
+    return Config(
+        base_model=model,
+        datasets=[{"path": "y"}],
+        sequence_len=tokens,
+        lora_r=16,
+        lora_target_modules=modules,
+        lora_target_parameters=EXPERTS if experts else (),
+        **{"adapter": "lora", "gradient_checkpointing": True, "micro_batch_size": 1} | keys,
+    )
+
+
+# GiB of reserved memory, everything recomputed.
+PEAKS = [
+    (NANO, 8192, ATTENTION, True, {"cuda_graphs": True}, 68.8),
+    (NANO, 16_384, ATTENTION, True, {"cuda_graphs": True}, 72.1),
+    (NANO, 8192, MAMBA, True, {}, 67.4),
+    (NANO, 32_768, MAMBA, True, {}, 77.7),
+    (NANO, 8192, MAMBA, True, FOUR_BIT, 25.9),
+    (NANO, 4096, MAMBA, True, FOUR_BIT | {"optimizer": "adamw_8bit"}, 22.4),
+    (SUPER, 8192, MAMBA, False, FOUR_BIT, 71.9),
+    (SUPER, 14_336, MAMBA, False, FOUR_BIT, 78.3),
+]
+
+
+@pytest.mark.parametrize(("model", "tokens", "modules", "experts", "keys", "peak_gib"), PEAKS)
+def test_memory(model, tokens, modules, experts, keys, peak_gib):
+    shape, _ = find_shape(model)
+    found = estimate_memory(config(model, tokens, modules, experts, **keys), shape, 1, use_gpu=True)
+    weights = found.peak - found.above_weights
+    assert found.peak / GIB == pytest.approx(peak_gib, rel=0.05)
+    assert found.above_weights == pytest.approx(peak_gib * GIB - weights, rel=0.10)
+
+
+def test_the_longest_pack_of_an_h100():
+    """36,864 tokens did not fit, 32,768 did."""
+    shape, _ = find_shape(NANO)
+    most = most_tokens(config(NANO, 8192, MAMBA, True), shape, 1, GPUS["h100"].memory_bytes)
+    assert 32_768 <= most < 1.15 * 36_864
+
+
+SPEEDS = [(NANO, run.tokens, {}, run) for run in MEASURED if not run.four_bit]
+SPEEDS += [(NANO, 8192, FOUR_BIT, MEASURED[3]), (SUPER, 8192, FOUR_BIT, MEASURED[4])]
+
+
+@pytest.mark.parametrize(("model", "tokens", "keys", "run"), SPEEDS)
+def test_speed_of_what_was_measured(model, tokens, keys, run):
+    shape, _ = find_shape(model)
+    given = config(model, tokens, ATTENTION, model == NANO, cuda_graphs=True, **keys)
+    given = given.model_copy(update={"gradient_checkpointing": "auto"})
+    found = estimate_speed(given, shape, GPUS["h100"], tokens)
+    assert found.tokens_per_s == pytest.approx(run.tokens_per_s, rel=0.01) and run.what in found.source
