@@ -271,7 +271,7 @@ from nemo_ray.train.launch import Launch, Parts
 from nemo_ray.train.resources import Demand
 
 class Early(Launch):
-    def _enter_ray(self, address):
+    def _enter_ray(self, address, shape):
         return Demand(1, False, {"CPU": 1.0}), True
 
     def _train(self, plan, wanted, beside):

@@ -53,7 +53,7 @@ def test_a_launch_on_several_nodes_asks_them_first_and_gives_them_the_stores_var
             "ray": {"num_workers": 2},
         }
     )
-    Launch(LoadedConfig(config, ()), Parts())._enter_ray("head:6379")
+    Launch(LoadedConfig(config, ()), Parts())._enter_ray("head:6379", {})
     assert given[0]["AWS_REGION"] == "eu-west-1"
     assert asked == [{"output_dir": str(tmp_path / "out"), "dataset_prepared_path": "s3://bucket/prepared"}]
 

@@ -33,19 +33,24 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         help="replaces a key of the file; ray.key=value for one of the ray section, key= to remove it",
     )
+    result.add_argument(
+        "--force",
+        action="store_true",
+        help="train although no GPU of the cluster can hold it, by the estimate",
+    )
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code. A configuration that is refused is refused before torch or Ray are loaded."""
-    given = parser().parse_args(arguments)
+    given = parser().parse_intermixed_args(arguments)
     try:
         from nemo_ray.config.load import load_config
 
         loaded = load_config(given.config, given.overrides)
         from nemo_ray.train.launch import run
 
-        return run(loaded)
+        return run(loaded, given.force)
     except NemoRayError as error:
         return tell(error)
     except KeyboardInterrupt:

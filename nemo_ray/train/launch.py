@@ -38,6 +38,7 @@ from nemo_ray.train import cluster, outputs, resources, summary
 from nemo_ray.train.background import Background
 from nemo_ray.train.best import check_metric
 from nemo_ray.train.driver_lock import DriverLock
+from nemo_ray.train.fit import check_fit
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.progress import ProgressDisplay
@@ -93,16 +94,19 @@ class Parts:
     """What runs on each worker; None is train.worker.train_worker."""
 
 
-def run(loaded: LoadedConfig) -> int:
-    """Train as configured; returns the exit code: 0, 1 failed, 2 refused, 130 stopped by a signal."""
-    return Launch(loaded, Parts()).run()
+def run(loaded: LoadedConfig, force: bool = False) -> int:
+    """Train as configured; returns the exit code: 0, 1 failed, 2 refused, 130 stopped by a signal.
+
+    force: also where no GPU of the cluster can hold it, by the estimate.
+    """
+    return Launch(loaded, Parts(), force).run()
 
 
 class Launch:
     """One run from the driver's side. Use once."""
 
-    def __init__(self, loaded: LoadedConfig, parts: Parts) -> None:
-        self.notices, self.parts = loaded.notices, parts
+    def __init__(self, loaded: LoadedConfig, parts: Parts, force: bool = False) -> None:
+        self.notices, self.parts, self.force = loaded.notices, parts, force
         self.job_id = outputs.submission_id(os.environ)
         self.config = outputs.resolve_paths(loaded.config, self.job_id is not None, Path.cwd())
         self.run_dir = open_run(self.config.output_dir)
@@ -167,7 +171,7 @@ class Launch:
         if start.checkpoint is not None:
             outputs.check_plan(run, plan)
             outputs.check_best(run, config.train, start.checkpoint)
-        wanted, beside = self._enter_ray(address)
+        wanted, beside = self._enter_ray(address, shape)
         self.interrupts.collect()
         self.lock.check()
         outputs.begin(run, start, plan)
@@ -188,19 +192,24 @@ class Launch:
         summary.print_rows(self.console, summary.result_rows(run, time.monotonic() - self.started_s))
         return 0
 
-    def _enter_ray(self, address: str | None) -> tuple[resources.Demand, bool]:
+    def _enter_ray(self, address: str | None, shape: Mapping[str, Any]) -> tuple[resources.Demand, bool]:
         """Start or join Ray. Returns the workers' demand, and whether data is prepared beside them."""
         section = self.config.ray
         if address is None:
             wanted = resources.demand(self.config, resources.gpus_here(os.environ))
             session.start_local(resources.local_cpus(wanted), self.environment)
-            return wanted, resources.place(wanted, session.nodes(), section.accelerator_type)
-        session.connect(address, self.environment, self._variables_to_pass_on())
-        wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in session.nodes()))
-        room = wanted, section.accelerator_type, section.wait_for_nodes_s
-        beside = wait_for_room(*room, session.nodes, self.say)
-        if len(session.nodes()) > 1:
-            check_nodes(self.config)
+            nodes = session.nodes()
+            beside = resources.place(wanted, nodes, section.accelerator_type)
+        else:
+            session.connect(address, self.environment, self._variables_to_pass_on())
+            wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in session.nodes()))
+            room = wanted, section.accelerator_type, section.wait_for_nodes_s
+            beside = wait_for_room(*room, session.nodes, self.say)
+            nodes = session.nodes()
+            if len(nodes) > 1:
+                check_nodes(self.config)
+        if not self.force:
+            check_fit(self.config, shape, wanted, nodes)
         return wanted, beside
 
     def _variables_to_pass_on(self) -> dict[str, str]:

@@ -416,7 +416,7 @@ def test_a_driver_that_was_taken_for_dead_begins_nothing(
     other = replace(this_driver("raysubmit_3"), **ELSEWHERE)
     launch = Launch(loaded, Parts(plan=lambda *_: None, prepare=never, worker=never))  # type: ignore[arg-type]
     monkeypatch.setattr("nemo_ray.train.launch.check_metric", lambda *_: None)
-    monkeypatch.setattr(launch, "_enter_ray", lambda address: (write(folder, other), None))
+    monkeypatch.setattr(launch, "_enter_ray", lambda *_: (write(folder, other), None))
     before = state(folder)
     assert launch.run() == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,0 +1,60 @@
+"""Runs that no GPU of the cluster can hold are refused; where that is not known, none is."""
+
+import pytest
+
+from nemo_ray.config.schema import Config
+from nemo_ray.errors import ConfigError
+from nemo_ray.plan.__main__ import find_shape
+from nemo_ray.train.fit import check_fit
+from nemo_ray.train.resources import Demand
+
+SHAPE, _ = find_shape("nemotron-3-nano-30b-a3b")
+HEAD = {"CPU": 4.0}
+
+
+def node(kind: str | None, gpus: float = 8.0) -> dict[str, float]:
+    return {"CPU": 64.0, "GPU": gpus} | ({f"accelerator_type:{kind}": 1.0} if kind else {})
+
+
+def check(*nodes: dict[str, float], workers: int = 1, gpu: float = 1.0, **keys: object) -> None:
+    config = Config(
+        base_model="nano",
+        datasets=[{"path": "y"}],
+        sequence_len=8192,
+        gradient_checkpointing=True,
+        **{"adapter": "lora", "lora_target_modules": ["q_proj"]} | keys,
+    )
+    check_fit(config, SHAPE, Demand(workers, gpu > 0, {"CPU": 1.0, "GPU": gpu}), nodes)
+
+
+def test_what_cannot_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"about 62\.\d GiB on each of 1 GPU\(s\), and l40s has 44\.4"):
+        check(HEAD, node("L40S"))
+    with pytest.raises(ConfigError, match="--force tries all the same"):
+        check(node("H100"), adapter=None)
+    with pytest.raises(ConfigError, match=r"has 39\.5 for it"):  # two workers on one GPU
+        check(node("H100"), gpu=0.5)
+    with pytest.raises(ConfigError):
+        check(node("L40S"), workers=8, dp_shard_size=1)
+
+
+def test_what_fits_is_not() -> None:
+    check(HEAD, node("H100"))
+    check(node("L40S"), workers=8)  # spread over some of them
+    check(node("L40S"), node("H100"))  # it may get the larger one
+    check(node("A100-80G"))
+    check(node("L40S"), load_in_4bit=True, quantize_moe_experts=True, adapter="qlora")
+
+
+@pytest.mark.parametrize("kind", ["A100", "TPU-X", None])
+def test_where_the_memory_is_not_known_nothing_is_said(kind: str | None) -> None:
+    check(node(kind))
+
+
+def test_on_cpus_nothing_is_said() -> None:
+    check(HEAD, gpu=0.0)
+
+
+def test_the_kind_that_is_asked_for_counts() -> None:
+    with pytest.raises(ConfigError, match="l40s"):
+        check(node("L40S"), node("H100"), ray={"accelerator_type": "L40S"})
