@@ -1,4 +1,4 @@
-"""What `nemo-ray plan` says a GPU needs, beside what it took: full-size steps with random weights, one by one.
+"""What `nemo-ray plan` says a GPU needs, beside what it took: steps of full-size models.
 
 Everything is recomputed (gradient_checkpointing: true), since `auto` fills what is left. The second half are
 settings that no formula was checked with before. Ends with 1 where the peak is further off than 5%, or what

@@ -54,47 +54,50 @@ def bundle(path: Path, config: Config, cwd: Path, folder: Path) -> str:
 
     Raises: ConfigError where something is not there, lies outside `cwd`, or is too much.
     """
+    found = [(key, name) for key, value in inputs(config) for name in _find(key, value, cwd)]
+    sizes = {(key, name): _bytes(cwd / name) for key, name in found}  # before anything is copied
+    if sum(sizes.values()) > MOST_BYTES:
+        key, name = largest = max(sizes, key=sizes.__getitem__)
+        raise ConfigError(
+            f"{key}: {name} has {sizes[largest] / 2**20:,.0f} MiB; at most {MOST_BYTES // 2**20} MiB travel "
+            "with a job: put it where every node sees it, or in an object store, and give that path"
+        )
     package = Path(nemo_ray.__file__).parent
     shutil.copytree(package, folder / "nemo_ray", ignore=_without_assets(package))
-    sizes: dict[str, int] = {}
-    for key, value in inputs(config):
-        found = sorted(glob.glob(value, root_dir=cwd, recursive=True)) if glob.has_magic(value) else [value]
-        if not found or not (cwd / found[0]).exists():
-            raise ConfigError(
-                f"{key}: {show(value)} is not here, from where it would travel; give an absolute path that "
-                "every node sees, or a URL"
-            )
-        for name in found:
-            sizes[f"{key}: {name}"] = _copy(key, cwd, name, folder)
+    for _, name in found:
+        target = folder / os.path.normpath(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (cwd / name).is_dir():
+            shutil.copytree(cwd / name, target, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(cwd / name, target)
     inside = path.resolve().is_relative_to(cwd.resolve())
     there = path.resolve().relative_to(cwd.resolve()) if inside else Path(path.name)
     (folder / there).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, folder / there)
-    total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if total > MOST_BYTES:
-        largest = max(sizes, key=sizes.__getitem__)
-        raise ConfigError(
-            f"{largest} has {sizes[largest] / 2**20:,.0f} MiB; at most {MOST_BYTES // 2**20} MiB travel with "
-            "a job: put it where every node sees it, or in an object store, and give that path"
-        )
     return there.as_posix()
 
 
-def _copy(key: str, cwd: Path, name: str, folder: Path) -> int:
-    """Copy a file or folder to the same relative place; returns its bytes."""
-    source = cwd / name
-    if not source.resolve().is_relative_to(cwd.resolve()):
+def _find(key: str, value: str, cwd: Path) -> list[str]:
+    """What a relative path or pattern names. Raises: ConfigError where that is nothing, or lies elsewhere."""
+    found = sorted(glob.glob(value, root_dir=cwd, recursive=True)) if glob.has_magic(value) else [value]
+    if not found or not (cwd / found[0]).exists():
         raise ConfigError(
-            f"{key}: {show(name)} lies outside of the working directory, and does not travel; start there, "
-            "or give an absolute path that every node sees"
+            f"{key}: {show(value)} is not here, from where it would travel; give an absolute path that "
+            "every node sees, or a URL"
         )
-    target = folder / os.path.normpath(name)
-    if source.is_dir():
-        shutil.copytree(source, target, dirs_exist_ok=True)
-        return sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-    return source.stat().st_size
+    for name in found:
+        if not (cwd / name).resolve().is_relative_to(cwd.resolve()):
+            raise ConfigError(
+                f"{key}: {show(name)} lies outside of the working directory, and does not travel; start "
+                "there, or give an absolute path that every node sees"
+            )
+    return found
+
+
+def _bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _without_assets(package: Path) -> Callable[[str, list[str]], list[str]]:

@@ -59,9 +59,13 @@ class Jobs:
             ) from error
 
     def newest(self, name: str) -> Attempt | None:
-        """The newest job under a name; None where there is none."""
+        """The newest job under a name; None where there is none. Raises: ClusterError."""
         found = []
-        for job in self._client.list_jobs():
+        try:
+            jobs = self._client.list_jobs()
+        except (RuntimeError, OSError) as error:
+            raise ClusterError(f"the cluster does not list its jobs: {_first_line(str(error))}") from error
+        for job in jobs:
             match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", job.submission_id or "")
             if match:
                 found.append(Attempt(match[0], int(match[1] or 1), str(job.status.value)))

@@ -94,14 +94,16 @@ def data_lines(plan: DataPlan, run: RunDir) -> list[str]:
 def describe_workers(wanted: Demand, config: Config, where: str) -> str:
     """How many workers, with what, laid out how."""
     each = " + ".join(f"{amount:g} {name}" for name, amount in sorted(wanted.per_worker.items()))
+    layout = "as few to a copy of the base as hold it"
+    if not resources.layout_is_open(config, wanted.use_gpu):
+        sizes = resources.mesh(wanted.num_workers, config.dp_shard_size, config.dp_replicate_size)
+        layout = f"mesh {sizes[0]} x {sizes[1]} (replicate x shard)"
     if wanted.at_least is not None:
-        return f"{wanted.at_least} to {wanted.num_workers} with {each} each, sharded over all, on {where}"
-    if wanted.num_workers > 1 and resources.layout_is_open(config, wanted.use_gpu):
-        return f"{wanted.num_workers} with {each} each, as few to a copy of the base as hold it, on {where}"
-    replicate, shard = resources.mesh(wanted.num_workers, config.dp_shard_size, config.dp_replicate_size)
-    return (
-        f"{wanted.num_workers} with {each} each, mesh {replicate} x {shard} (replicate x shard), on {where}"
-    )
+        layout = layout if wanted.use_gpu else "sharded over all"
+        return f"{wanted.at_least} to {wanted.num_workers} with {each} each, {layout}, on {where}"
+    if wanted.num_workers == 1:
+        layout = "mesh 1 x 1 (replicate x shard)"
+    return f"{wanted.num_workers} with {each} each, {layout}, on {where}"
 
 
 def describe_memory(memory: Memory) -> str:

@@ -98,6 +98,17 @@ def test_a_cluster_that_is_gone_ends_it(server: Server) -> None:
         Jobs(None).follow("a", lambda text: None)
 
 
+def test_a_job_server_that_refuses_is_one_line(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise RuntimeError("Request failed with status code 401: no token.\nmore")
+
+    server.list_jobs = refuse  # type: ignore[assignment]
+    assert submit("--id", "mine") == 1
+    assert capsys.readouterr().err == (
+        "error: the cluster does not list its jobs: Request failed with status code 401: no token.\n"
+    )
+
+
 def test_a_job_that_never_ran_says_why(server: Server) -> None:
     server.jobs["a"] = [("FAILED", None, "runtime_env setup failed: no space left\nmore")]
     server.logs["a"] = [[]]
