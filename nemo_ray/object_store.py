@@ -127,7 +127,7 @@ def no_bucket(url: str, doing: str) -> StorageError:
 
 # -- what went wrong ------------------------------------------------------------------------------
 
-_NOT_THERE = "No such file or directory"
+_NOT_THERE = ("No such file or directory", "No such directory")
 """What pyarrow 26 says of a folder of Google Cloud Storage that is not there, by an OSError without errno."""
 
 _NO_BUCKET = (
