@@ -78,16 +78,16 @@ def submit(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
         if newest is not None and not newest.ended:
             print(f"job {newest.id} is {newest.status.lower()}: nothing new was handed in", flush=True)
             return _follow(jobs, newest.id, given)
-        again = (
-            [] if newest is None else ["--resume"] if module == "tune" else ["resume_from_checkpoint=auto"]
-        )
+        again: list[str] = []
+        if newest is not None and not newest.was_refused:
+            again = ["--resume"] if module == "tune" else ["resume_from_checkpoint=auto"]
         words = ["python", "-m", f"nemo_ray.{module}", file, *given.overrides, *again]
         for notice in stays_here(config, variables, environ):
             print(f"note: {notice}", flush=True)
         submission_id = next_id(given.id, newest) if given.id is not None else None
         job = jobs.submit(shlex.join(words), folder, variables, submission_id)
     passed = f", with {', '.join(variables)}" if variables else ""
-    goes_on = f", going on from {newest.id}" if newest is not None else ""
+    goes_on = f", going on from {newest.id}" if newest is not None and again else ""
     print(f"job {job}: {shlex.join(words)}{passed}{goes_on}", flush=True)
     return _follow(jobs, job, given)
 

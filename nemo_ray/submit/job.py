@@ -17,6 +17,7 @@ from nemo_ray.errors import ClusterError, ConfigError
 
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
 STOPPED_CODE = 130
+REFUSED_CODE = 2
 _ENDS_WITHIN_S = 60.0
 _POLL_S = 0.5
 _LOOKS = 20
@@ -30,10 +31,18 @@ class Attempt:
     id: str
     number: int
     status: str
+    code: int | None = None
+    """Of its command, where it is known."""
 
     @property
     def ended(self) -> bool:
+        """Whether nothing of it runs any more."""
         return self.status in ENDED
+
+    @property
+    def was_refused(self) -> bool:
+        """Whether its command changed nothing: there is nothing of its own to go on with."""
+        return self.code == REFUSED_CODE
 
 
 class Jobs:
@@ -68,7 +77,8 @@ class Jobs:
         for job in jobs:
             match = re.fullmatch(rf"{re.escape(name)}(?:-(\d+))?", job.submission_id or "")
             if match:
-                found.append(Attempt(match[0], int(match[1] or 1), str(job.status.value)))
+                status, code = str(job.status.value), job.driver_exit_code
+                found.append(Attempt(match[0], int(match[1] or 1), status, code))
         return max(found, key=lambda attempt: attempt.number, default=None)
 
     def submit(

@@ -28,7 +28,11 @@ class Server:
 
     def list_jobs(self) -> list[Any]:
         return [
-            SimpleNamespace(submission_id=name, status=SimpleNamespace(value=looks[0][0]))
+            SimpleNamespace(
+                submission_id=name,
+                status=SimpleNamespace(value=looks[0][0]),
+                driver_exit_code=looks[0][1],
+            )
             for name, looks in self.jobs.items()
         ]
 
@@ -160,6 +164,14 @@ def test_the_same_again(server: Server, capsys: pytest.CaptureFixture[str]) -> N
     (job,) = server.submitted
     assert job["submission_id"] == "mine-2" and job["entrypoint"].endswith(" resume_from_checkpoint=auto")
     assert "going on from mine" in capsys.readouterr().out
+
+
+def test_what_was_refused_is_not_gone_on_with(server: Server) -> None:
+    """It may have met another run in its output_dir, which is not its own to continue."""
+    server.jobs["mine"] = [("FAILED", 2, FAILED)]
+    assert submit("--id", "mine") == 0
+    (job,) = server.submitted
+    assert job["submission_id"] == "mine-2" and "resume" not in job["entrypoint"]
 
 
 def test_a_sweep_goes_on_too(server: Server) -> None:
