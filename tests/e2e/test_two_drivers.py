@@ -59,7 +59,8 @@ def test_a_second_command_is_refused_until_the_first_is_dead(world: World, refer
     assert_same_course(run, reference)
     assert_same_adapter(run, reference)
     first.process.wait(10)
-    assert first.leaves_nothing_behind() and third.leaves_nothing_behind()
+    # Ray's agents (2.60) tell a GCS that is gone too of their raylet's end, and give up after a minute.
+    assert first.leaves_nothing_behind(90) and third.leaves_nothing_behind()
     assert not (run.path / FILE_NAME).exists()
 
 
