@@ -69,6 +69,15 @@ def base_bytes(config: Config, model: Mapping[str, Any], compute_bytes: int) -> 
     return four_bit, (count_base(model) - num_quantized) * compute_bytes
 
 
+def shard_sizes(config: Config, num_workers: int) -> list[int]:
+    """How many workers may share a copy of the weights: what the configuration says, else all that divide."""
+    if config.dp_shard_size:
+        return [config.dp_shard_size]
+    if config.dp_replicate_size:
+        return [num_workers // config.dp_replicate_size]
+    return [size for size in range(1, num_workers + 1) if num_workers % size == 0]
+
+
 def kept_width(model: Mapping[str, Any], kind: str) -> int:
     """Numbers a token that a block of `kind` keeps for its backward pass, its input among them."""
     hidden = int(model["hidden_size"])

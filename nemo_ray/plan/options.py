@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_ray.config.schema import Config
 from nemo_ray.plan.gpus import Gpu
-from nemo_ray.plan.memory import FULL, Memory, estimate_memory, most_tokens
+from nemo_ray.plan.memory import FULL, Memory, estimate_memory, most_tokens, shard_sizes
 from nemo_ray.plan.speed import Speed, estimate_speed
 
 PRICED_TOKENS = 100_000_000
@@ -66,10 +66,7 @@ def options(config: Config, model: Mapping[str, Any], gpu: Gpu, num_gpus: int) -
     for name, keys in variants(config):
         changed = config.model_copy(update=keys)
         room = FULL * gpu.memory_bytes
-        asked = changed.dp_shard_size or (
-            num_gpus // changed.dp_replicate_size if changed.dp_replicate_size else None
-        )
-        sizes = [asked] if asked else [size for size in range(1, num_gpus + 1) if num_gpus % size == 0]
+        sizes = shard_sizes(changed, num_gpus)
         estimates = {size: estimate_memory(changed, model, size, use_gpu=True) for size in sizes}
         shard = next((size for size in sizes if estimates[size].peak <= room), sizes[-1])
         tokens = changed.micro_batch_size * changed.sequence_len

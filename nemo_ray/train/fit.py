@@ -7,6 +7,7 @@ from nemo_ray.config.schema import Config
 from nemo_ray.errors import ConfigError
 from nemo_ray.plan import estimate_memory
 from nemo_ray.plan.gpus import GIB, GPUS, Gpu
+from nemo_ray.plan.memory import shard_sizes
 from nemo_ray.train.resources import Demand
 
 _KIND = "accelerator_type:"
@@ -30,8 +31,7 @@ def check_fit(
     largest = max(gpus, key=lambda gpu: gpu.memory_gib)
     room = largest.memory_bytes * min(1.0, wanted.per_worker["GPU"])
     count = wanted.num_workers
-    asked = config.dp_shard_size or (count // config.dp_replicate_size if config.dp_replicate_size else None)
-    sizes = [asked] if asked else [size for size in range(1, count + 1) if count % size == 0]
+    sizes = shard_sizes(config, count)
     least = min(estimate_memory(config, shape, size, use_gpu=True).peak for size in sizes)
     if least > room:
         raise ConfigError(

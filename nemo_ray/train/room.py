@@ -11,13 +11,19 @@ _POLL_S = 1.0
 _SAY_EVERY_S = 30.0
 
 
+def _request(bundles: list[dict[str, float]]) -> None:
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=bundles)
+
+
 def wait_for_room(
     wanted: Demand,
     accelerator_type: str | None,
     wait_s: float,
     nodes: Callable[[], Nodes],
     say: Callable[[str], None],
-    request: Callable[[list[dict[str, float]]], object] | None = None,
+    request: Callable[[list[dict[str, float]]], object] = _request,
 ) -> bool:
     """`place` of resources.py, once the workers fit; nodes are asked for meanwhile, for as many as that.
 
@@ -28,7 +34,6 @@ def wait_for_room(
     Raises: ClusterError where they do not fit after `wait_s` seconds.
     """
     began_s, said_s, asked = time.monotonic(), float("-inf"), False
-    request = request or _request
     try:
         while True:
             try:
@@ -52,9 +57,3 @@ def wait_for_room(
     finally:
         if asked:
             request([])  # from here on the workers themselves are what is asked for
-
-
-def _request(bundles: list[dict[str, float]]) -> None:
-    from ray.autoscaler.sdk import request_resources
-
-    request_resources(bundles=bundles)

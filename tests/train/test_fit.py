@@ -1,11 +1,16 @@
 """Runs that no GPU of the cluster can hold are refused; where that is not known, none is."""
 
+from pathlib import Path
+
 import pytest
 
+from nemo_ray.config.load import LoadedConfig
 from nemo_ray.config.schema import Config
 from nemo_ray.errors import ConfigError
 from nemo_ray.plan.__main__ import find_shape
+from nemo_ray.train import launch
 from nemo_ray.train.fit import check_fit
+from nemo_ray.train.launch import Launch, Parts
 from nemo_ray.train.resources import Demand
 
 SHAPE, _ = find_shape("nemotron-3-nano-30b-a3b")
@@ -58,3 +63,41 @@ def test_on_cpus_nothing_is_said() -> None:
 def test_the_kind_that_is_asked_for_counts() -> None:
     with pytest.raises(ConfigError, match="l40s"):
         check(node("L40S"), node("H100"), ray={"accelerator_type": "L40S"})
+
+
+def test_training_asks_before_it_takes_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(launch.session, "start_local", lambda *_: None)
+    monkeypatch.setattr(launch.session, "nodes", lambda: [node("L40S")])
+    monkeypatch.setattr(launch.resources, "gpus_here", lambda environ: 1)
+    config = Config(
+        base_model="nano",
+        datasets=[{"path": "y"}],
+        output_dir=str(tmp_path),
+        sequence_len=8192,
+        adapter="lora",
+        lora_target_modules=["q_proj"],
+        gradient_checkpointing=True,
+    )
+    loaded = LoadedConfig(config, ())
+    with pytest.raises(ConfigError, match="--force tries all the same"):
+        Launch(loaded, Parts())._enter_ray(None, SHAPE)
+    wanted, _ = Launch(loaded, Parts(), force=True)._enter_ray(None, SHAPE)
+    assert wanted.use_gpu
+
+
+def test_training_waits_for_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    looks = [[HEAD], [HEAD], [HEAD, {"CPU": 8.0}]]
+    monkeypatch.setattr(launch.session, "connect", lambda *_: None)
+    monkeypatch.setattr(launch.session, "nodes", lambda: looks.pop(0) if len(looks) > 1 else looks[0])
+    monkeypatch.setattr(launch, "check_nodes", lambda config: None)
+    monkeypatch.setattr("nemo_ray.train.room._POLL_S", 0.0)
+    asked: list[list[dict[str, float]]] = []
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(bundles))
+    config = Config(
+        base_model="nano",
+        datasets=[{"path": "y"}],
+        output_dir=str(tmp_path),
+        ray={"num_workers": 6, "wait_for_nodes_s": 30.0, "use_gpu": False},
+    )
+    wanted, _ = Launch(LoadedConfig(config, ()), Parts())._enter_ray("head:6379", SHAPE)
+    assert wanted.num_workers == 6 and asked == [[{"CPU": 1.0}] * 6, []]
