@@ -33,12 +33,12 @@ from pathlib import Path
 from typing import Any
 
 from sizes import ATTENTION_AND_MAMBA, DEMO, EXPERTS, NANO, ROOT, SUPER, write_base
+from workers import workers_of
 
 GIB = 2**30
 SKIPPED_STEPS = 4  # the first of a run, which compile and record
 ATTENTION = "lora_target_modules=[q_proj,k_proj,v_proj,o_proj]"
 LOSS_TOLERANCE = 2e-2
-WORKER = "ray::RayTrainWorker"  # how the title of a worker's process begins
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,17 @@ def variants(gpus: int) -> dict[str, tuple[str, ...]]:
     return runs
 
 
-def kill_a_worker(out: Path, step: int, limit_s: float) -> None:
-    """End one of the workers of the run in `out` by SIGKILL, once it has logged `step`."""
+def kill_a_worker(pid: int, out: Path, step: int, limit_s: float) -> None:
+    """End one of the workers of the run of process `pid` by SIGKILL, once it has logged `step`."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         rows = out / "metrics.jsonl"
         if rows.exists() and any(
             json.loads(line).get("step", 0) >= step for line in rows.read_text().splitlines()
         ):
-            break
-        time.sleep(0.2)
-    for process in Path("/proc").iterdir():
-        name = process / "cmdline"
-        if process.name.isdigit() and name.exists() and name.read_text().startswith(WORKER):
-            os.kill(int(process.name), signal.SIGKILL)
+            os.kill(workers_of(pid)[-1], signal.SIGKILL)
             return
+        time.sleep(0.2)
 
 
 def run(
@@ -109,7 +105,7 @@ def run(
         child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             if name == "killed":
-                kill_a_worker(out, half + 2, arguments.limit_s)
+                kill_a_worker(child.pid, out, half + 2, arguments.limit_s)
             code = child.wait(arguments.limit_s)
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGINT)  # twice: the second one ends it without a checkpoint
