@@ -11,8 +11,10 @@ process of its own, all in turns on one machine:
 - chosen: neither size given;
 - killed: copies; one worker is killed in the middle, and the run goes on from its checkpoint.
 
-Prints a table and writes JSON. Ends with 1 where a run failed, or where losses are further from those of the
-accumulated run than bf16 explains.
+Prints a table and writes JSON. Communication a step, and the part of it that nothing hides, come from a
+profile of two steps. `held` is the time for which the second checkpoint kept training from going on, `slower`
+by how much longer the eight steps after it are. Ends with 1 where a run failed, or where losses are
+further from those of the accumulated run than bf16 explains.
 
     python benchmarks/scaling.py --gpus 2 --out scaling.json
     python benchmarks/scaling.py --gpus 2 --model tiny     # on CPUs, over gloo
@@ -36,7 +38,11 @@ from sizes import ATTENTION_AND_MAMBA, DEMO, EXPERTS, NANO, ROOT, SUPER, write_b
 from workers import workers_of
 
 GIB = 2**30
-SKIPPED_STEPS = 4  # the first of a run, which compile and record
+SKIPPED = 4  # steps, which compile and record
+TIMED = range(SKIPPED + 1, 13)  # the steps whose times count; two that are profiled follow
+SAVE_STEPS = 16
+STEPS = 3 * SAVE_STEPS  # the first checkpoint allocates, the second is measured, the third ends the run
+BESIDE_SAVING = range(2 * SAVE_STEPS + 1, 2 * SAVE_STEPS + 9)
 ATTENTION = "lora_target_modules=[q_proj,k_proj,v_proj,o_proj]"
 LOSS_TOLERANCE = 2e-2
 
@@ -95,17 +101,17 @@ def run(
 ) -> dict[str, Any]:
     """One run of the command; its figures, or the last line of what it said."""
     out, log = folder / name, folder / f"{name}.log"
-    steps, half = arguments.steps, arguments.steps // 2
     command = [sys.executable, "-m", "nemo_ray.train", str(ROOT / "configs" / "quickstart.yaml")]
-    command += [f"base_model={folder / 'base'}", f"output_dir={out}", f"max_steps={steps}"]
+    command += [f"base_model={folder / 'base'}", f"output_dir={out}", f"max_steps={STEPS}"]
     command += [f"dataset_prepared_path={folder / 'prepared'}", "micro_batch_size=1", "learning_rate=1e-4"]
     command += ["completion_prompts=", "evals_per_epoch=", "saves_per_epoch=", "test_datasets="]
-    command += [f"save_steps={half}", *model.keys, *keys, *arguments.overrides]
+    command += [f"save_steps={SAVE_STEPS}", "profiler_steps=2", f"profiler_steps_start={TIMED[-1]}"]
+    command += [*model.keys, *keys, *arguments.overrides]
     with open(log, "w") as file:
         child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             if name == "killed":
-                kill_a_worker(child.pid, out, half + 2, arguments.limit_s)
+                kill_a_worker(child.pid, out, BESIDE_SAVING[-1], arguments.limit_s)
             code = child.wait(arguments.limit_s)
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGINT)  # twice: the second one ends it without a checkpoint
@@ -119,22 +125,22 @@ def run(
     facts = json.loads((out / "run.json").read_text())
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "loss" in row]
-    times = [
-        row["step_s"] for row in rows if row["step"] > SKIPPED_STEPS and row["step"] not in (half, steps)
-    ]
-    saving = [row["step_s"] for row in rows if half <= row["step"] <= half + 1]
-    step_s = statistics.median(times)
+    timed = [row for row in rows if row["step"] in TIMED]
+    saving = [row for row in rows if row["step"] in BESIDE_SAVING]
+    step_s = statistics.median(row["step_s"] for row in timed)
     return {
         "mesh": facts["mesh"],
         "workers": facts["world_size"],
         "step_s": step_s,
-        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows[SKIPPED_STEPS:]),
-        "stall": max(saving, default=step_s) / step_s - 1,
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in timed),
+        "held_s": saving[0]["checkpoint_s"],
+        "slower": statistics.mean(row["step_s"] for row in saving) / step_s - 1,
         "peak_gib": max(row["peak_memory_bytes"] for row in rows) / GIB,
         "losses": [row["loss"] for row in rows],
         "step_times": [row["step_s"] for row in rows],
         "start": facts["start"],
         "kept": facts.get("kept_activations"),
+        "profile": facts.get("profile", {}),
     }
 
 
@@ -145,7 +151,6 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--model", choices=MODELS, default="nano")
     parser.add_argument("--runs", help="some of them, with commas between; all by default")
-    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--limit-s", type=float, default=300.0, help="seconds for a run")
     parser.add_argument("--out", type=Path, help="JSON file to write; the runs' logs beside it")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
@@ -155,7 +160,8 @@ def main() -> int:
     results: dict[str, dict[str, Any]] = {}
     bad = False
     print(
-        f"{'':<12} {'mesh':>7} {'tokens/s a GPU':>15} {'of one':>7} {'step s':>8} {'GiB':>6} {'loss off':>9}"
+        f"{'':<12} {'mesh':>7} {'tokens/s a GPU':>15} {'of one':>7} {'step s':>8} {'GiB':>6} {'loss off':>9} "
+        f"{'sent ms':>8} {'alone':>6} {'held s':>7} {'slower':>7}"
     )
     with tempfile.TemporaryDirectory(prefix="scaling-") as name:
         folder = Path(name)
@@ -179,10 +185,14 @@ def main() -> int:
                 pairs = zip(found["losses"], reference["losses"], strict=True)
                 apart = max(abs(ours - theirs) / theirs for ours, theirs in pairs)
                 off, bad = f"{apart:.1e}", bad or apart > LOSS_TOLERANCE
+            profile = found["profile"]
+            sent_ms = profile.get("class_ms", {}).get("communication", 0.0)
+            alone_ms = profile.get("communication_alone_ms", 0.0)
             mesh = f"{found['mesh']['replicate']} x {found['mesh']['shard']}"
             print(
                 f"{name:<12} {mesh:>7} {found['per_gpu']:>15,.0f} {share:>7} {found['step_s']:>8.3f} "
-                f"{found['peak_gib']:>6.1f} {off:>9}",
+                f"{found['peak_gib']:>6.1f} {off:>9} "
+                f"{sent_ms:>8.1f} {alone_ms:>6.1f} {found['held_s']:>7.2f} {found['slower']:>7.1%}",
                 flush=True,
             )
     return int(bad)

@@ -30,8 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ from nemo_ray.data.packing import Pack, build_pack
 from nemo_ray.errors import ConfigError, NemoRayError, tell
 from nemo_ray.plan import count_active
 from nemo_ray.targets import Shape, block_types, expert_paths, find_targets, linear_paths, read_shape
+from nemo_ray.train.trace import summarize
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = {
@@ -68,7 +68,6 @@ PACKAGES = ("nemo-ray", "torch", "triton", "transformers", "peft")
 PACKAGES += ("mamba-ssm", "causal-conv1d", "bitsandbytes")
 GIB = 2**30
 PROFILED_STEPS = 2
-NUM_KERNELS = 40  # that take the most time, in the JSON file; the table has ten
 HOT_SHARE = 0.5  # of the tokens' choices, with --skew
 NATURAL_MEDIAN, NATURAL_SIGMA = 600, 1.0  # tokens of a document, lognormal
 Step = Callable[[Sequence[Pack], int], torch.Tensor]
@@ -351,28 +350,6 @@ def matmul_tflops(size: int = 8192, repeats: int = 20) -> float:
 
 # -- the profile ---------------------------------------------------------------------------------
 
-# The first that matches names a kernel's class.
-CLASSES = {
-    "scan and conv": re.compile(r"conv1d|chunk_scan|chunk_state|chunk_cumsum|bmm_chunk|state_passing", re.I),
-    "attention": re.compile(r"flash|fmha|attention", re.I),
-    "matmul": re.compile(r"gemm|gemv|nvjet|cutlass|matmul|splitk|bmm|grouped_mm|add_factors", re.I),
-    "other": re.compile(""),
-}
-SYNCHRONIZATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-
-
-def kernel_class(name: str) -> str:
-    return next(kind for kind, pattern in CLASSES.items() if pattern.search(name))
-
-
-def union(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of what (start, end) intervals cover together: overlaps count once."""
-    covered, reached = 0.0, -math.inf
-    for start, end in sorted(intervals):
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return covered
-
 
 def profile_steps(step: Step, batches: Sequence[Sequence[Pack]], folder: Path) -> dict[str, Any]:
     """The figures of `summarize` for these steps."""
@@ -386,42 +363,6 @@ def profile_steps(step: Step, batches: Sequence[Sequence[Pack]], folder: Path) -
     profiler.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     return summarize(events, len(batches))
-
-
-def summarize(events: Iterable[Mapping[str, Any]], num_steps: int) -> dict[str, Any]:
-    """Figures a step from a Chrome trace (times in us) of steps and one more launch, which ends them.
-
-    `busy_ms` is the union of all kernels, copies and fills; the classes' times are sums.
-    """
-    device, host = [], []
-    for event in events:
-        if "cat" in event and event["cat"] in ("kernel", "gpu_memcpy", "gpu_memset"):
-            device.append(event)
-        elif "cat" in event and event["cat"] in ("cuda_runtime", "cuda_driver"):
-            host.append(event)
-    device = sorted(device, key=lambda event: event["ts"])[:-1]
-    launches = sorted(event["ts"] for event in host if "Launch" in event["name"])
-    calls = [event["name"] for event in host if launches and launches[0] <= event["ts"] < launches[-1]]
-    times, counts = defaultdict(float), defaultdict(int)
-    classes = dict.fromkeys(CLASSES, 0.0)
-    for event in device:
-        kind = kernel_class(event["name"])
-        classes[kind] += event["dur"] / 1e3 / num_steps
-        times[event["name"], kind] += event["dur"] / 1e3 / num_steps
-        counts[event["name"], kind] += 1
-    largest = sorted(times, key=times.__getitem__, reverse=True)[:NUM_KERNELS]
-    return {
-        "busy_ms": union((event["ts"], event["ts"] + event["dur"]) for event in device) / 1e3 / num_steps,
-        "class_ms": classes,
-        "kernels": sum(event["cat"] == "kernel" for event in device) / num_steps,
-        "launches": sum("Launch" in name for name in calls) / num_steps,
-        "synchronizations": sum(name.startswith(SYNCHRONIZATIONS) for name in calls) / num_steps,
-        "copies_to_host": sum("DtoH" in event["name"] for event in device) / num_steps,
-        "largest": [
-            {"name": key[0], "class": key[1], "ms": times[key], "calls": counts[key] / num_steps}
-            for key in largest
-        ],
-    }
 
 
 # -- both sides, and what is said of them --------------------------------------------------------

@@ -8,6 +8,7 @@
     data_plan.json     the windows that the run began with
     tensorboard/       event files;  wandb/: W&B's own;  trackers.json: the runs' ids in W&B and MLflow
     nonfinite/         batches of steps whose loss or gradient was not finite
+    profile.json.gz    a Chrome trace of the steps of `profiler_steps`
     report.html        what `nemo-ray report` made of it
     rejected.jsonl     the rows that cannot be used, and why;  data.html: the data to look at, kept by `clear`
     progress.json      where the run is now;  stop: somebody asked it to end;  error.log: the full traceback
@@ -64,6 +65,7 @@ class RunDir:
         self.completions_file = self.path / "completions.jsonl"
         self.data_plan_file = self.path / "data_plan.json"
         self.nonfinite_dir = self.path / "nonfinite"
+        self.profile_file = self.path / "profile.json.gz"
         self.rejected_file = self.path / "rejected.jsonl"
         self.data_page = self.path / "data.html"
         self.report_file = self.path / "report.html"
@@ -129,7 +131,7 @@ class RunDir:
         """Everything that `clear` removes."""
         helpers = (self.progress_file, self.stop_file, self.error_file, self.data_plan_file, self.ray_dir)
         trackers = (self.tensorboard_dir, self.wandb_dir, self.trackers_file)
-        lists = (self.nonfinite_dir, self.rejected_file, self.report_file)
+        lists = (self.nonfinite_dir, self.profile_file, self.rejected_file, self.report_file)
         return (*self._results(), *helpers, *trackers, *lists, self.run_json)
 
     def holds_run(self) -> bool:
@@ -355,6 +357,14 @@ class RunDir:
         own = self.nonfinite_dir.glob(f"step-*-rank-{rank}.json")
         for path in sorted(own, key=lambda path: path.stat().st_mtime_ns)[:-keep]:
             path.unlink()
+
+    # -- a profile --------------------------------------------------------------------------------
+
+    def write_profile(self, trace: bytes, facts: Mapping[str, Any]) -> None:
+        """Write a gzipped Chrome trace of steps, and what it says into run.json. Raises: SupersededError"""
+        self.check_attempt()
+        publish_bytes(self.profile_file, trace)
+        self.update_run({"profile": dict(facts)})
 
     # -- ranks and their failures -----------------------------------------------------------------
 

@@ -77,6 +77,7 @@ def test_clear_takes_the_run_and_nothing_else(run: RunDir) -> None:
     run.adapter_dir.mkdir()
     run.write_progress({"phase": "training"})
     run.write_nonfinite(5, 0, {"step": 5}, keep=1)
+    run.write_profile(b"trace", {"steps": 1})
     run.request_stop()
     run.prepared_dir.mkdir()
     (run.prepared_dir / "k.arrow").write_text("rows")

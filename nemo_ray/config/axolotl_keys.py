@@ -249,8 +249,8 @@ FOREIGN: tuple[Foreign, ...] = (
     ),
     notice("include_tokens_per_second include_tkps", "tokens per second are in metrics.jsonl", (False, True)),
     notice(
-        "profiler_steps profiler_steps_start debug total_num_tokens total_supervised_tokens",
-        "nothing is profiled; step times and token counts are in metrics.jsonl",
+        "debug total_num_tokens total_supervised_tokens",
+        "step times and token counts are in metrics.jsonl",
     ),
     notice(
         "hub_model_id hub_strategy", "nothing is uploaded; the result is in output_dir (adapter/, or model/)"

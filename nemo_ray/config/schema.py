@@ -410,6 +410,14 @@ class TrainSection(Section):
     logging_steps: PositiveInt = Field(
         1, description="A row is written to metrics.jsonl every so many steps."
     )
+    profiler_steps: PositiveInt | None = Field(
+        None,
+        description="Record so many steps on rank 0 with torch's profiler: a Chrome trace in "
+        "`output_dir/profile.json.gz`, and on a GPU its time by kind of kernel in run.json.",
+    )
+    profiler_steps_start: NonNegativeInt = Field(
+        5, description="Steps before the first one that is recorded; the first ones of a run are not typical."
+    )
     evals_per_epoch: PositiveInt | None = Field(
         None,
         description="Evaluations in an epoch, beside those at step 0 and the end; with `max_steps`, an epoch "

@@ -22,6 +22,7 @@ from nemo_ray.train.evaluation import Evaluator
 from nemo_ray.train.metrics import FiguresOnTheWay, extend_hash, passed_multiple, peak_memory_bytes
 from nemo_ray.train.nonfinite import NonFiniteSteps, or_none
 from nemo_ray.train.optim import learning_rate
+from nemo_ray.train.profiling import StepProfiler
 from nemo_ray.train.update import Trainee, Update
 from nemo_ray.train.watchdog import Watchdog
 
@@ -29,8 +30,8 @@ Report = Callable[[Mapping[str, Any]], None]
 PROGRESS_INTERVAL_S = 0.2
 # Of a row of metrics.jsonl, in this order.
 TRAIN_FIELDS = ("step", "epoch", "cursor", "loss", "lr", "grad_norm", "tokens", "target_tokens")
-TRAIN_FIELDS += ("tokens_per_s", "step_s", "data_wait_s", "peak_memory_bytes", "data_hash")
-TRAIN_FIELDS += ("nonfinite_steps",)
+TRAIN_FIELDS += ("tokens_per_s", "step_s", "data_wait_s", "checkpoint_s", "peak_memory_bytes")
+TRAIN_FIELDS += ("data_hash", "nonfinite_steps")
 
 
 class Trainer:
@@ -67,8 +68,10 @@ class Trainer:
         self.started_progress = self._progress(state.epoch, state.step)
         self._progress_written_s = 0.0
         self._saved_step = state.step if state.step else -1
+        self._held_by_checkpoints_s = 0.0  # since the last row
         self._evaluated_step = -1
         self.nonfinite = NonFiniteSteps(train, plan, run, self.rank, self.world_size)
+        self.profiler = StepProfiler(train, run, trainee.device, self.rank)
         self._unlogged: tuple[dict[str, Any], FiguresOnTheWay, StepPacks] | None = None
         self._step_ended_s = time.monotonic()
 
@@ -107,6 +110,7 @@ class Trainer:
                 finished = False
                 break
         self._log_last()
+        self.profiler.after(self.state.step, is_last=True)
         if finished and self._evaluated_step != self.state.step:
             self.evaluate()
         self._save_and_wait()
@@ -129,6 +133,7 @@ class Trainer:
         self.checkpointer.check()
         self.watchdog.work()
         rate = learning_rate(self.train, self.state.step, before, after)
+        self.profiler.before(self.state.step + 1)
         loss_sum, grad_norm = self.update(packs.packs, num_targets, rate)
         self.state.step += 1
         self.state.cursor, self.state.place, self.state.epoch = packs.cursor, packs.place, packs.epoch
@@ -141,8 +146,10 @@ class Trainer:
             "tokens": num_tokens,
             "target_tokens": num_targets,
             "data_wait_s": packs.wait_s,
+            "checkpoint_s": self._held_by_checkpoints_s,
             "data_hash": self.state.data_hash,
         }
+        self._held_by_checkpoints_s = 0.0
         figures = FiguresOnTheWay(loss_sum / max(1, num_targets), grad_norm)
         self._log_last()  # the step before: a GPU is at work on this one meanwhile
         self._unlogged = (row, figures, packs)
@@ -156,6 +163,8 @@ class Trainer:
                 self.evaluate()
             if save:
                 self.save()
+            self._step_ended_s = time.monotonic()
+        if self.profiler.after(self.state.step):
             self._step_ended_s = time.monotonic()
         return True
 
@@ -190,7 +199,9 @@ class Trainer:
         if self.state.step == 0 or self._saved_step == self.state.step:
             return
         self.write_progress("saving", now=True)
+        began_s = time.monotonic()
         self.checkpointer.start(self.state, self.best.step if self.train.load_best_model_at_end else None)
+        self._held_by_checkpoints_s += time.monotonic() - began_s
         self._saved_step = self.state.step
         self.report({"step": self.state.step, "eval_loss": self.eval_loss})
         self.write_progress("training", now=True)

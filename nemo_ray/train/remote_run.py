@@ -168,6 +168,9 @@ class RemoteRunDir(RunDir):
     def write_nonfinite(self, step: int, rank: int, facts: Mapping[str, Any], keep: int) -> None:
         self._ask("write_nonfinite", step, rank, dict(facts), keep)
 
+    def write_profile(self, trace: bytes, facts: Mapping[str, Any]) -> None:
+        self._ask("write_profile", trace, dict(facts))
+
     def write_progress(self, progress: Mapping[str, Any]) -> None:
         self._ask("write_progress", dict(progress))
 

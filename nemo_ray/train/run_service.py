@@ -29,7 +29,7 @@ METHODS = frozenset(
         "truncate_metrics",
         "update_run",
     )
-    + ("write_nonfinite", "write_progress", "write_trackers")
+    + ("write_nonfinite", "write_profile", "write_progress", "write_trackers")
 )
 """What the newest start may call; methods of RunDir."""
 _SLOW_METHODS = frozenset(("discard_checkpoint", "publish_checkpoint", "publish_result", "remove_checkpoint"))

@@ -36,6 +36,7 @@ def run_page(seen: Seen) -> str:
     title = f"Run {seen.run.place.rstrip('/').rpartition('/')[2]}"
     sections = [
         *_charts(seen),
+        _profile(seen.facts.get("profile", {})),
         _data(seen),
         section("Events", table(["when", "what"], [[e.time, e.what] for e in seen.events()], kind="words")),
         _completions(seen),
@@ -115,6 +116,19 @@ def _figure(title: str, lines: Mapping[str, Sequence[tuple[int, float]]]) -> go.
             mode = "lines+markers" if len(points) < 30 else "lines"
             figure.add_scatter(x=steps, y=values, mode=mode, name=name)
     return figure.update_layout(xaxis_title="step", yaxis_title=title, showlegend=True)
+
+
+def _profile(facts: Mapping[str, Any]) -> str:
+    """Where the time of a GPU's step went, where `profiler_steps` recorded some."""
+    if "class_ms" not in facts:
+        return ""
+    step_ms = facts["step_ms"]
+    times = {**facts["class_ms"], "nothing runs": step_ms - facts["busy_ms"]}
+    rows = [[kind, f"{ms:.1f}", percent(ms, step_ms)] for kind, ms in times.items() if ms > 0]
+    words = f"{step_ms:.0f} ms a step, of {plural(facts['steps'], 'step')} from step {facts['first_step']}"
+    if facts["class_ms"]["communication"] > 0:
+        words += f"; {facts['communication_alone_ms']:.1f} ms in which only communication ran"
+    return section("Where a step's time goes", soft(words) + table(["kind", "ms", "of a step"], rows))
 
 
 def _data(seen: Seen) -> str:

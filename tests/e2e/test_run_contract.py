@@ -27,6 +27,7 @@ TRAIN_FIELDS = [
     "tokens_per_s",
     "step_s",
     "data_wait_s",
+    "checkpoint_s",
     "peak_memory_bytes",
     "data_hash",
     "nonfinite_steps",
@@ -49,6 +50,8 @@ def test_metrics(reference: RunDir) -> None:
         assert 0 < row["cursor"] - previous["cursor"] <= PACKS_PER_STEP
         assert 0 < row["target_tokens"] < row["tokens"] <= PACKS_PER_STEP * 256
         assert math.isclose(row["tokens_per_s"], row["tokens"] / row["step_s"], rel_tol=1e-9)
+        after_a_checkpoint = row["step"] > 1 and row["step"] % 4 == 1  # save_steps
+        assert row["checkpoint_s"] > 0 if after_a_checkpoint else row["checkpoint_s"] == 0
         assert 0 <= row["data_wait_s"] <= row["step_s"] and row["peak_memory_bytes"] > 50e6
         previous = row
     # No step crosses an epoch; the last one of the first takes what is left.

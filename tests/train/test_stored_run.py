@@ -141,6 +141,7 @@ WRITES: dict[str, Callable[[RunDir], Any]] = {
     "truncate": lambda run: run.truncate_metrics(0),
     "completion": lambda run: run.append_completion({"step": 9}),
     "nonfinite": lambda run: run.write_nonfinite(9, 0, {}, keep=3),
+    "profile": lambda run: run.write_profile(b"trace", {"steps": 9}),
     "checkpoint": lambda run: run.publish_checkpoint(9, {}),
     "remove": lambda run: run.remove_checkpoint(1),
     "retire": lambda run: run.retire_checkpoint(1, "damaged"),

@@ -39,6 +39,17 @@ def test_what_the_page_shows(tmp_path: Path) -> None:
     assert 'http-equiv="refresh"' not in page
 
 
+def test_a_recorded_profile_is_told_by_kind_of_kernel(tmp_path: Path) -> None:
+    times = {"communication": 20.0, "scan and conv": 0.0, "matmul": 60.0}
+    facts = {"first_step": 6, "steps": 2, "step_ms": 100.0, "busy_ms": 75.0, "class_ms": times}
+    page = page_of(write_run(tmp_path / "run", profile=facts | {"communication_alone_ms": 12.5}))
+    assert "100 ms a step, of 2 steps from step 6; 12.5 ms in which only communication ran" in page
+    rows = page[page.index("Where a step") :]
+    for kind, ms, share in (("communication", 20, 20), ("matmul", 60, 60), ("nothing runs", 25, 25)):
+        assert f'<th scope="row">{kind}</th><td>{ms}.0</td><td>{share}.0%</td>' in rows, kind
+    assert "scan and conv" not in rows
+
+
 def test_nothing_in_it_is_markup_of_others(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "run", notices=[SCRIPT], error=SCRIPT, outcome="failed"))
     body = page[page.index("<body>") :]
