@@ -5,7 +5,8 @@ transfer. Which files are wanted is data/hub_source.py's. Nothing of a repositor
 
 A *reference* stands for a file wherever files are named, and is the same on every node:
 
-    hub://datasets/owner/name@<commit>/data/train.parquet
+    hub://datasets/owner/name@<commit>/data/train.parquet   fetched once by each node that reads it
+    hf://datasets/owner/name@<commit>/data/train.parquet    streamed: read by ranges (hub_stream.py)
 """
 
 import glob
@@ -33,8 +34,10 @@ _CARD = "README.md"
 _ALWAYS_THERE = ".gitattributes"
 """huggingface_hub 2 warns where no file of a repository is asked for, and not every one has a card."""
 
-_SCHEME = "hub://datasets/"
-_REFERENCE = re.compile(rf"{_SCHEME}(?P<name>[^/@]+/[^/@]+)@(?P<commit>[0-9a-f]{{40}})/(?P<file>.+)")
+_FETCHED, _STREAMED = "hub", "hf"
+_REFERENCE = re.compile(
+    rf"({_FETCHED}|{_STREAMED})://datasets/(?P<name>[^/@]+/[^/@]+)@(?P<commit>[0-9a-f]{{40}})/(?P<file>.+)"
+)
 
 
 class Listing(NamedTuple):
@@ -46,9 +49,10 @@ class Listing(NamedTuple):
     files: tuple["RepoFile", ...]
     card: str
 
-    def reference(self, file: str) -> str:
+    def reference(self, file: str, streamed: bool) -> str:
         """Names a file of it on every node."""
-        return f"{_SCHEME}{self.repository.name}@{self.commit}/{file}"
+        scheme = _STREAMED if streamed else _FETCHED
+        return f"{scheme}://datasets/{self.repository.name}@{self.commit}/{file}"
 
     def known_as(self, file: "RepoFile") -> str:
         """What its content is known by."""
@@ -116,24 +120,42 @@ def _fetch(listing: Listing, files: Sequence["RepoFile"], say: Say) -> None:
             _snapshot(listing.repository, listing.commit, [file.path for file in wanted])
 
 
-def commit_of(path: str) -> str | None:
-    """The commit in a reference; None for other paths."""
+class Reference(NamedTuple):
+    """The parts of one."""
+
+    repository: Repository
+    commit: str
+    file: str
+
+
+def reference_of(path: str) -> Reference | None:
+    """The parts of a reference; None for other paths."""
     match = _REFERENCE.fullmatch(path)
-    return None if match is None else match["commit"]
+    if match is None:
+        return None
+    return Reference(_repository(match["name"], "datasets"), match["commit"], match["file"])
+
+
+def is_streamed(path: str) -> bool:
+    """Whether a path is a reference to a file that is read where it lies."""
+    return path.startswith(f"{_STREAMED}://") and reference_of(path) is not None
 
 
 def local_path(path: str) -> str:
-    """Where a reference's file is on this machine, fetched first where it is missing. Other paths stay.
+    """Where a reference's file is on this machine, fetched first where it is missing. Other paths stay, and
+    so do references to what is streamed and not here.
 
     Raises DataError.
     """
-    match = _REFERENCE.fullmatch(path)
-    if match is None:
+    reference = reference_of(path)
+    if reference is None:
         return path
-    repository = _repository(match["name"], "datasets")
-    place = cache_folder() / repository.folder_name / "snapshots" / match["commit"] / match["file"]
+    repository, commit, file = reference
+    place = cache_folder() / repository.folder_name / "snapshots" / commit / file
     if not place.exists():
-        with explained(repository, match["commit"], DataError):
-            listing = _listing(repository, match["commit"])
-            _fetch(listing, [file for file in listing.files if file.path == match["file"]], lambda text: None)
+        if is_streamed(path):
+            return path
+        with explained(repository, commit, DataError):
+            listing = _listing(repository, commit)
+            _fetch(listing, [found for found in listing.files if found.path == file], lambda text: None)
     return str(place)

@@ -19,7 +19,10 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from pyarrow import fs
 
+from nemo_ray.hub_datasets import is_streamed
+from nemo_ray.hub_stream import HubFile, size_of
 from nemo_ray.object_store import attempt, connect, no_bucket
+from nemo_ray.ranges import RangeFile
 from nemo_ray.urls import is_url as is_url
 from nemo_ray.urls import parse
 
@@ -67,7 +70,7 @@ def open_input(path: str) -> BinaryIO:
     """Open a file for reading, from any place in it. Raises OSError."""
     if not is_url(path):
         return open(path, "rb")
-    return cast(BinaryIO, io.BufferedReader(_RemoteFile(path), _REMOTE_READ_BYTES))
+    return cast(BinaryIO, io.BufferedReader(_remote(path), _REMOTE_READ_BYTES))
 
 
 def open_ranges(path: str) -> io.RawIOBase:
@@ -75,27 +78,26 @@ def open_ranges(path: str) -> io.RawIOBase:
 
     Raises OSError.
     """
-    return _RemoteFile(path) if is_url(path) else open(path, "rb", buffering=0)
+    return _remote(path) if is_url(path) else open(path, "rb", buffering=0)
 
 
-class _RemoteFile(io.RawIOBase):
-    """An object, read by ranges; each range is asked for again where a request failed."""
+class _StoredFile(RangeFile):
+    """An object, of which each range is asked for again where a request failed."""
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._position = 0
         self._file: Any = None
-        self._size: int = attempt(url, "opening", lambda system, path: self._open(system, path).size())
+        super().__init__(attempt(url, "opening", lambda system, path: self._open(system, path).size()))
 
     def _open(self, system: fs.FileSystem, path: str) -> Any:
         if self._file is None:
             self._file = system.open_input_file(path)
         return self._file
 
-    def _read_at(self, count: int) -> bytes:
+    def read_range(self, start: int, count: int) -> bytes:
         def work(system: fs.FileSystem, path: str) -> bytes:
             try:
-                data = bytes(self._open(system, path).read_at(count, self._position))
+                data = bytes(self._open(system, path).read_at(count, start))
             except OSError:
                 self._file = None
                 raise
@@ -106,30 +108,9 @@ class _RemoteFile(io.RawIOBase):
 
         return attempt(self._url, "reading", work)
 
-    def readable(self) -> bool:
-        return True
 
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readall(self) -> bytes:
-        """In one request, where the default makes one for every 8 KiB."""
-        count = max(0, self._size - self._position)
-        data = self._read_at(count) if count else b""
-        self._position += count
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._position))
-        if count:
-            buffer[:count] = self._read_at(count)
-            self._position += count
-        return count
+def _remote(path: str) -> RangeFile:
+    return HubFile(path) if is_streamed(path) else _StoredFile(path)
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -166,6 +147,8 @@ def exists(path: str) -> bool:
 
 def file_facts(path: str) -> FileFacts | None:
     """Size and time of change; None where there is no such file. Raises OSError."""
+    if is_streamed(path):
+        return FileFacts(size_of(path), 0)  # of one commit, which does not change
     if is_url(path):
         info = attempt(path, "looking it up", lambda system, inner: system.get_file_info(inner))
     else:

@@ -60,6 +60,8 @@ class HubServer:
     cut_after: path -> bytes after which the connection of the next transfer of that file is cut.
     bytes_per_s: speed of each transfer of a large file; None as fast as it goes.
     status: answer every request with this.
+    refusals: path -> how many transfers of that file are answered with "service unavailable" first.
+    ranges: whether a part of a file is sent where one is asked for.
     """
 
     def __init__(self, token: str = "hf_right") -> None:
@@ -69,6 +71,8 @@ class HubServer:
         self.cut_after: dict[str, int] = {}
         self.bytes_per_s: float | None = None
         self.status: int | None = None
+        self.refusals: dict[str, int] = {}
+        self.ranges = True
         self._servers = [self._server(storage) for storage in (False, True)]
 
     def _server(self, storage: bool) -> ThreadingHTTPServer:
@@ -210,9 +214,13 @@ class _Handler(BaseHTTPRequestHandler):
             linked = {"X-Linked-Size": str(len(content)), "X-Linked-ETag": f'"{sha256(content)}"'}
             self._send(302, b"", {**headers, **linked, "Location": self.hub.url(True) + self.path})
             return
+        if self.command == "GET" and self.hub.refusals.get(path, 0) > 0:
+            self.hub.refusals[path] -= 1
+            self._send(503, b"", {})
+            return
         headers["ETag"] = f'"{sha256(content) if large else _git_sha1(content)}"'
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
-        if asked is None:
+        if asked is None or not self.hub.ranges:
             self._send(200, content, headers, path)
             return
         first, last = int(asked[1]), int(asked[2] or len(content) - 1)

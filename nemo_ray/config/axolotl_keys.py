@@ -154,11 +154,6 @@ FOREIGN: tuple[Foreign, ...] = (
         "split_batches accelerator_dataloader",
         "Ray Data prepares rows on the cluster while training runs, and every row is read once an epoch",
     ),
-    notice(
-        "streaming",
-        "training begins with the first shards anyway; files and URLs are read a window at a time, but the "
-        "chosen files of a dataset of the hub are downloaded first and stay on the disk (HF_HOME)",
-    ),
     notice("remove_unused_columns", "only the fields that the dataset's entry names are read", (False, True)),
     refuse("shuffle_merged_datasets", "packs are always shuffled by seed; remove the key", (True,)),
     refuse(

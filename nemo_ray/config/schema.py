@@ -189,6 +189,12 @@ class DatasetSpec(Section):
     data_files: PathList = Field(
         (), description="Files to take from the folder, URL or hub dataset `path`; patterns are allowed."
     )
+    streaming: Bool = Field(
+        False,
+        description="Read a hub dataset's files where they lie, a window at a time, instead of downloading "
+        "them. Of Parquet only what is needed is transferred; files of lines are read through once at the "
+        "start, and again window by window. Files at URLs are always read so.",
+    )
     ds_type: Literal["json", "csv", "tsv", "parquet", "arrow", "text"] | None = Field(
         None,
         description="File format; without it, from the suffix (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
@@ -296,6 +302,7 @@ class DataSection(Section):
     test_datasets: Annotated[tuple[DatasetSpec, ...], Kind("a list of datasets, each with a path")] = Field(
         (), description="What is evaluated on, in the same form; instead of `val_set_size`."
     )
+    streaming: Bool = Field(False, description="The same as `streaming` of each entry.")
     val_set_size: HeldOut = Field(
         0,
         description="Held-out rows: a fraction below 1, or a number of rows. Chosen by row number, "

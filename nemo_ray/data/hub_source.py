@@ -1,4 +1,4 @@
-"""A dataset of the hub to its data files: which of them an entry takes, and their download."""
+"""A dataset of the hub to its data files: which of them an entry takes, and their download, if any."""
 
 import re
 from collections.abc import Sequence
@@ -11,13 +11,17 @@ from nemo_ray.data.listing import NamedFile, data_file_names, named_file
 from nemo_ray.data.splits import Split, choose_split, files_of_split
 from nemo_ray.errors import ConfigError
 from nemo_ray.hub_cache import Say
-from nemo_ray.hub_datasets import Listing, fetch_files, list_dataset
+from nemo_ray.hub_datasets import Listing, fetch_files, is_streamed, list_dataset, local_path
+from nemo_ray.hub_stream import require_ranges
 
 
 def hub_files(
     spec: DatasetSpec, split: Split | None, key: str, evaluating: bool, say: Say
 ) -> list[NamedFile]:
-    """The files of an entry's configuration and split, on this node. Raises ConfigError."""
+    """The files of an entry's configuration and split, on this node unless they are streamed.
+
+    Raises ConfigError.
+    """
     listing = list_dataset(spec.path, spec.revision or "main", key)
     names = [file.path for file in listing.files]
     if spec.data_files:
@@ -32,11 +36,18 @@ def hub_files(
         chosen = splits[choose_split(list(splits), split, key, spec.path, evaluating)]
     by_name = {file.path: file for file in listing.files}
     wanted = [by_name[name] for name in chosen]
-    fetch_files(listing, wanted, say)
+    if not spec.streaming:
+        fetch_files(listing, wanted, say)
+    elif is_streamed(local_path(listing.reference(wanted[0].path, streamed=True))):
+        require_ranges(listing, wanted[0].path)
     folder = spec.path.split("/")[-1]
     return [
         named_file(
-            listing.reference(file.path), f"{folder}/{file.path}", spec, key, known_as=listing.known_as(file)
+            listing.reference(file.path, spec.streaming),
+            f"{folder}/{file.path}",
+            spec,
+            key,
+            known_as=listing.known_as(file),
         )
         for file in wanted
     ]

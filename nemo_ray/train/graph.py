@@ -33,6 +33,7 @@ class CudaRecorder:
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()  # what one stream has freed is of no use to another
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

@@ -14,7 +14,7 @@ from typing import Any
 from nemo_ray.config.schema import Config, DatasetSpec, TrainSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.errors import ConfigError
-from nemo_ray.hub_datasets import commit_of
+from nemo_ray.hub_datasets import reference_of
 from nemo_ray.run_dir import STATE_NAME, RunDir, step_of
 from nemo_ray.session import JOB_CONFIG_VARIABLE
 from nemo_ray.storage import publish_bytes, read_json
@@ -143,10 +143,10 @@ def keep_dataset_commits(config: Config, start: Start) -> Config:
         if entries != [(spec.path, spec.revision) for spec in specs]:
             return config
         # The specs first: zip takes one from its first argument before it sees that the second is at its end.
-        commits = [commit_of(source.files[0].path) for _, source in zip(specs, sources, strict=False)]
+        begun = [reference_of(source.files[0].path) for _, source in zip(specs, sources, strict=False)]
         kept[key] = tuple(
-            spec if commit is None else spec.model_copy(update={"revision": commit})
-            for spec, commit in zip(specs, commits, strict=True)
+            spec if reference is None else spec.model_copy(update={"revision": reference.commit})
+            for spec, reference in zip(specs, begun, strict=True)
         )
     return config.model_copy(update=kept)
 

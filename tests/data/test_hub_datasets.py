@@ -226,6 +226,73 @@ def test_a_broken_download_goes_on_where_it_ended(hub: HubServer, base: Path, tm
     assert len(ranges) == 2 and ranges[1] is not None
 
 
+# -- streaming ------------------------------------------------------------------------------------
+
+
+def test_what_is_streamed_has_the_same_windows_and_leaves_no_copy(
+    hub: HubServer, base: Path, tmp_path: Path
+) -> None:
+    files = {**FILES, "rows.jsonl": lines(ROWS), "rows.jsonl.gz": gzip.compress(lines(ROWS))}
+    hub.add(f"datasets/{NAME}", files)
+    commit = list(hub.repositories[f"datasets/{NAME}"].commits)[-1]
+    entries = [{}, {"split": "train[10:20]"}, {"data_files": "rows.jsonl"}, {"data_files": "rows.jsonl.gz"}]
+    streamed = planned(hub, base, tmp_path, *({**entry, "streaming": True} for entry in entries))
+    assert [result["rows"] for result in streamed] == [QUESTIONS[:50], QUESTIONS[10:20], QUESTIONS, QUESTIONS]
+    assert streamed[0]["files"][0] == f"hf://datasets/{NAME}@{commit}/data/train-00000-of-00002.parquet"
+    kept = [path.name for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    assert not [name for name in kept if "train" in name or "rows" in name], kept
+    assert all(request.range for request in hub.requests if request.storage and request.method == "GET")
+    fetched = planned(hub, base, tmp_path, *entries)
+    tables_and_packed = (0, 1, 3)  # lines that lie here are known by their content, not by the hub's digest
+    assert all(streamed[i]["keys"] == fetched[i]["keys"] for i in tables_and_packed)
+    hub.requests.clear()
+    planned(hub, base, tmp_path, {"streaming": True}, HF_HUB_OFFLINE="1")
+    assert not hub.requests, "what is here is read here"
+
+
+def test_of_a_large_parquet_file_only_what_is_read_is_transferred(
+    hub: HubServer, base: Path, tmp_path: Path
+) -> None:
+    rows = [{"messages": row["messages"], "noise": os.urandom(1_000_000)} for row in ROWS]
+    content = parquet(rows)  # of 60 MB, most of them in a column that nothing reads
+    hub.add(f"datasets/{NAME}", {"train.parquet": content})
+    (found,) = planned(hub, base, tmp_path, {"streaming": True})
+    assert found["rows"] == QUESTIONS
+    asked = [request.range.removeprefix("bytes=").split("-") for request in hub.transfers("train.parquet")]
+    assert 0 < sum(int(last) - int(first) + 1 for first, last in asked) < len(content) / 2
+
+
+def test_a_range_is_asked_for_again_and_the_token_stays_with_the_hub(
+    hub: HubServer, base: Path, tmp_path: Path
+) -> None:
+    name = "train.parquet"
+    hub.add(f"datasets/{NAME}", {"README.md": b"# Chats", name: parquet(ROWS)}, access="gated")
+    line = refused(hub, base, tmp_path, {"streaming": True})
+    assert line.startswith("datasets[0].path: owner/chats is gated; accept the licence on http")
+    hub.refusals[name], hub.cut_after[name] = 2, 0
+    (found,) = planned(hub, base, tmp_path, {"streaming": True}, HF_TOKEN="hf_right")
+    assert found["rows"] == QUESTIONS and not hub.refusals[name] and name not in hub.cut_after
+    assert all(request.authorization is None for request in hub.requests if request.storage)
+
+
+def test_a_hub_that_sends_no_ranges_is_told(hub: HubServer, base: Path, tmp_path: Path) -> None:
+    hub.ranges = False
+    line = refused(hub, base, tmp_path, {"streaming": True})
+    assert "owner/chats cannot be streamed: the hub, or a proxy before it, sends no parts of files" in line
+
+
+@pytest.mark.e2e
+def test_the_command_streams_through_ray(hub: HubServer, base: Path, tmp_path: Path) -> None:
+    hub.add(f"datasets/{NAME}", {**FILES, "rows.jsonl": lines(ROWS)})
+    datasets = [{"streaming": True}, {"streaming": True, "data_files": "rows.jsonl"}]
+    arguments = ["-m", "nemo_ray.data", "config.yaml"]
+    done = command(hub, base, tmp_path, *arguments, datasets=datasets, RAY_AUTH_MODE="disabled")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "downloading" not in done.stdout
+    shards = [read_stats(str(path)) for path in (tmp_path / "out" / "prepared").glob("*.arrow")]
+    assert sum(stats.documents + stats.dropped for stats in shards) == 50 + 60
+
+
 @pytest.mark.e2e
 def test_the_command_prepares_all_kinds_of_sources(hub: HubServer, base: Path, tmp_path: Path) -> None:
     """Through Ray: its tasks take a hub's file from the cache, and a compressed one from its copy."""
@@ -301,8 +368,8 @@ def test_a_continued_run_keeps_the_commits_that_it_began_with(base: Path, tmp_pa
 
     commits = ["a" * 40, "b" * 40]
     files = [
-        FileInfo(f"hub://datasets/{name}@{commit}/x.jsonl", "x.jsonl", "", "jsonl", 1, 0)
-        for name, commit in zip((NAME, "owner/more"), commits, strict=True)
+        FileInfo(f"{scheme}://datasets/{name}@{commit}/x.jsonl", "x.jsonl", "", "jsonl", 1, 0)
+        for scheme, name, commit in zip(("hub", "hf"), (NAME, "owner/more"), commits, strict=True)
     ]
     sources = tuple(SourceInfo("", "", (file,), 1, 0, 64, 1.0, False) for file in files)
     plan = DataPlan("", "", 128, WindowList(), WindowList(), sources, (), 0)

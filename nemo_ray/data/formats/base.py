@@ -45,6 +45,7 @@ def resolve(spec: DatasetSpec, data: DataSection) -> DatasetSpec:
         update={
             "chat_template_kwargs": {**data.chat_template_kwargs, **spec.chat_template_kwargs},
             "eot_tokens": spec.eot_tokens or data.eot_tokens,
+            "streaming": spec.streaming or data.streaming,
         }
     )
 
