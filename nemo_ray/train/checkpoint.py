@@ -52,6 +52,13 @@ def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> di
     return state | {f"{_OPTIMIZER}{name}": value for name, value in optimizer.named_states().items()}
 
 
+class _KeptStager(DefaultStager):
+    """Copies to pinned memory that serves every checkpoint. torch before 2.13 closes a stager after each."""
+
+    def close(self) -> None:
+        """Nothing: the memory goes with the process."""
+
+
 class Checkpointer:
     """Writes checkpoints of one run, one at a time, while training goes on; every rank has one.
 
@@ -65,7 +72,7 @@ class Checkpointer:
         self._run, self._parameters, self._optimizer, self._keep = run, parameters, optimizer, keep
         self._group = dist.new_group(backend="gloo")
         on_gpu = any(parameter.is_cuda for parameter in parameters.values())
-        self._stager = DefaultStager(
+        self._stager = _KeptStager(
             StagingOptions(
                 use_pinned_memory=on_gpu,
                 use_shared_memory=False,

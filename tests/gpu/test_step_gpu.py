@@ -24,8 +24,16 @@ SHAPE = {"mamba_head_dim": 32, "ssm_state_size": 32, "chunk_size": 64, "hidden_s
 FOUR_BITS = {"linears_4bit": True, "experts_4bit": True}
 
 
-def trained(dtype: torch.dtype, latent: int | None = None, seed: int = 3, **precision: bool):
+def trained(
+    dtype: torch.dtype,
+    latent: int | None = None,
+    seed: int = 3,
+    every_expert: bool = False,
+    **precision: bool,
+):
     config = tiny_config(latent=latent, **SHAPE)
+    if every_expert:
+        config.num_experts_per_tok = config.n_routed_experts
     model, _ = build(config, AdapterSection(**ALL_TARGETS), Precision(dtype, dtype, **precision), GPU)
     bind_loss(model)
     fill(model, None, seed=seed, device=GPU, adapter_seed=seed)
@@ -114,12 +122,15 @@ def test_what_fits_is_kept_and_changes_no_gradient(monkeypatch):
 
 
 @pytest.mark.usefixtures("exact_float32")
+@pytest.mark.parametrize("every_expert", [True, False], ids=["every expert", "the best"])
 @pytest.mark.parametrize("latent", [None, 64], ids=["plain", "latent"])
-def test_kernels_are_as_near_to_float32_as_their_references(latent, monkeypatch):
+def test_kernels_are_as_near_to_float32_as_their_references(latent, every_expert, monkeypatch):
+    """In bf16 a choice of experts may turn over, with or without kernels, and moves a gradient ten times as
+    far as rounding does: many models are needed to compare. Where every expert is chosen, none can."""
     errors = {True: [], False: []}
-    for model_seed in range(6):  # in bf16 a choice of experts may turn over, with or without kernels
-        exact, exact_parameters = trained(torch.float32, latent, model_seed)
-        model, parameters = trained(torch.bfloat16, latent, model_seed)
+    for model_seed in range(3 if every_expert else 12):
+        exact, exact_parameters = trained(torch.float32, latent, model_seed, every_expert)
+        model, parameters = trained(torch.bfloat16, latent, model_seed, every_expert)
         dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         model.load_state_dict({k: v.to(dtypes[k]) for k, v in exact.state_dict().items()})
         exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
@@ -138,9 +149,8 @@ def test_kernels_are_as_near_to_float32_as_their_references(latent, monkeypatch)
             assert (found - truth).abs().max() <= 1e-5 * truth.abs().max()
             for name, grad in true_grads.items():
                 assert (grads[name] - grad).norm() <= 1e-5 * grad.norm(), name
-    fast, plain = (torch.stack(errors[serve]).median(0).values.mean() for serve in (True, False))
-    means = ", ".join(f"{torch.stack(errors[serve]).mean():.2e}" for serve in (True, False))
-    print(
-        f"latent={latent}: error of bf16 with kernels {fast:.2e}, with references {plain:.2e}; means {means}"
-    )
-    assert fast <= 1.2 * plain
+    fast, plain = (torch.stack(errors[serve]).median(0).values for serve in (True, False))
+    print(f"error of bf16 with kernels {fast.mean():.2e}, with references {plain.mean():.2e}")
+    assert fast.mean() <= (1.05 if every_expert else 1.2) * plain.mean()
+    if every_expert:
+        assert (fast <= 1.2 * plain).all(), "each gradient by itself"

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_ray.errors import CheckpointError, SupersededError
 from nemo_ray.run_dir import RunDir
-from nemo_ray.train import checkpoint_files
+from nemo_ray.train import checkpoint, checkpoint_files
 from nemo_ray.train.checkpoint import Checkpointer, TrainState, load_checkpoint, load_weights
 from nemo_ray.train.checkpoint_files import damage
 from tests.e2e.compare import assert_same_course
@@ -80,6 +80,29 @@ def test_training_goes_on_while_it_is_written(run: RunDir, group: None, held_dis
     loaded = load_checkpoint(run.checkpoint_dir(1), *again)
     assert (loaded.step, loaded.data_hash) == (1, "then")
     assert_equal(all_tensors(*again), wanted)
+
+
+def test_a_torch_that_closes_the_stager_after_each(
+    run: RunDir, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 2.11 does: what was closed copies nothing any more."""
+    save_async = checkpoint.dcp.async_save
+
+    def save_and_close(*arguments: Any, async_stager: Any, **keys: Any) -> Any:
+        future = save_async(*arguments, async_stager=async_stager, **keys)
+        future.add_done_callback(lambda _: async_stager.close())
+        return future
+
+    monkeypatch.setattr(checkpoint.dcp, "async_save", save_and_close)
+    parts = one_process()
+    checkpointer = Checkpointer(run, *parts, None)
+    for step in (1, 2, 3):
+        parts[1].step()
+        checkpointer.start(TrainState(step=step))
+        checkpointer.wait()
+    again = one_process(number=1)
+    load_checkpoint(run.checkpoint_dir(3), *again)
+    assert_equal(all_tensors(*again), all_tensors(*parts))
 
 
 def test_a_newer_start_keeps_the_older_ones_checkpoint_from_its_name(
