@@ -1,7 +1,6 @@
 """What `nemo-ray plan` says a GPU needs, beside what it took: steps of full-size models.
 
-Everything is recomputed (gradient_checkpointing: true), since `auto` fills what is left. The second half are
-settings that no formula was checked with before. Ends with 1 where the peak is further off than 5%, or what
+Everything is recomputed (gradient_checkpointing: true), since `auto` fills what is left. Ends with 1 where the peak is further off than 5%, or what
 comes to the weights further than 10%.
 
     python benchmarks/plan_memory.py --out plan_memory.json [--cases r64,16k]
@@ -14,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sweep_sharing import BILLION, NANO
+from sizes import BILLION, NANO, SHAPES
 from train_step import configure, measure, parse
 
 from nemo_ray.plan import estimate_memory
@@ -47,7 +46,9 @@ CASES: dict[str, tuple[str, ...]] = {
 def case_arguments(name: str, folder: Path) -> list[str]:
     """The command line of benchmarks/train_step.py for a case."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(NANO.read_text()) | BILLION | {"vocab_size": 131072}))
+    path.write_text(
+        json.dumps(json.loads((SHAPES / f"{NANO}.json").read_text()) | BILLION | {"vocab_size": 131072})
+    )
     words = [str(path) if word == "BILLION" else word for word in CASES[name]]
     return [*words, "--steps", "2", "--warmup", "2", "gradient_checkpointing=true"]
 

@@ -39,6 +39,17 @@ class Case:
 
 
 NANO, SUPER = "nemotron-3-nano-30b-a3b", "nemotron-3-super-120b-a12b"
+# Over Nano's shape: a hybrid of 1.2 B parameters.
+BILLION = {
+    "hybrid_override_pattern": "MEMEM*E" * 5 + "MEMEME",
+    "hidden_size": 1024,
+    "vocab_size": 4096,
+    "num_attention_heads": 16,
+    "mamba_num_heads": 32,
+    "n_routed_experts": 32,
+    "moe_intermediate_size": 768,
+    "moe_shared_expert_intermediate_size": 1536,
+}
 CASES = {
     "nano-qlora-4k": Case(NANO, 4096, (*FOUR_BIT, EXPERTS, "optimizer=adamw_8bit"), 22.5),
     "nano-qlora-8k": Case(NANO, 8192, (*FOUR_BIT, EXPERTS), 28.0),

@@ -16,33 +16,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sweep_overhead import ROOT, run
+from sizes import BILLION, DEMO, NANO, SHAPES
+from sweep_overhead import run
 
 from nemo_ray.plan import count_base
 from nemo_ray.targets import read_shape
 from nemo_ray.train.resources import gpus_here
 from nemo_ray.tune import read_result
 
-ASSETS = ROOT / "nemo_ray" / "demo" / "assets"
-NANO = ROOT / "nemo_ray" / "model" / "shapes" / "nemotron-3-nano-30b-a3b.json"
-BILLION = {
-    "hybrid_override_pattern": "MEMEM*E" * 5 + "MEMEME",
-    "hidden_size": 1024,
-    "vocab_size": 4096,
-    "num_attention_heads": 16,
-    "mamba_num_heads": 32,
-    "n_routed_experts": 32,
-    "moe_intermediate_size": 768,
-    "moe_shared_expert_intermediate_size": 1536,
-}
 SMALL = BILLION | {"hybrid_override_pattern": "ME*E", "hidden_size": 64, "n_routed_experts": 8}
 TOLERANCE = 1e-3  # of a loss
 
 
 def make_base(keys: dict[str, Any], folder: Path) -> str:
     """The folder of a model of this shape, without weights, with the demo's tokenizer."""
-    shutil.copytree(ASSETS / "base", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
-    shape = json.loads(NANO.read_text()) | keys
+    shutil.copytree(DEMO / "base", folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    shape = json.loads((SHAPES / f"{NANO}.json").read_text()) | keys
     (folder / "config.json").write_text(json.dumps(shape))
     return str(folder)
 
@@ -87,8 +76,8 @@ def main() -> int:
             "lora_alpha": 32,
             "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj"],
             "lora_target_parameters": ["experts.up_proj", "experts.down_proj"],
-            "datasets": [{"path": str(ASSETS / "chats.jsonl"), "type": "chat_template"}],
-            "test_datasets": [{"path": str(ASSETS / "chats-heldout.jsonl"), "type": "chat_template"}],
+            "datasets": [{"path": str(DEMO / "chats.jsonl"), "type": "chat_template"}],
+            "test_datasets": [{"path": str(DEMO / "chats-heldout.jsonl"), "type": "chat_template"}],
             "dataset_prepared_path": str(folder / "prepared"),
             "sequence_len": arguments.tokens,
             "micro_batch_size": 1,
