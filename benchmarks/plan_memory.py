@@ -1,7 +1,7 @@
 """What `nemo-ray plan` says a GPU needs, beside what it took: steps of full-size models.
 
-Everything is recomputed (gradient_checkpointing: true), since `auto` fills what is left. Ends with 1 where the peak is further off than 5%, or what
-comes to the weights further than 10%.
+Everything is recomputed (gradient_checkpointing: true), since `auto` fills what is left. Ends with 1 where
+the peak is further off than 5%, or what comes to the weights further than 10%.
 
     python benchmarks/plan_memory.py --out plan_memory.json [--cases r64,16k]
 """
