@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from nemo_ray.errors import CheckpointError, NemoRayError
 from nemo_ray.run_dir import STATE_NAME, RunDir
@@ -52,13 +52,6 @@ def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> di
     return state | {f"{_OPTIMIZER}{name}": value for name, value in optimizer.named_states().items()}
 
 
-class _KeptStager(DefaultStager):
-    """Copies to pinned memory that serves every checkpoint. torch before 2.13 closes a stager after each."""
-
-    def close(self) -> None:
-        """Nothing: the memory goes with the process."""
-
-
 class Checkpointer:
     """Writes checkpoints of one run, one at a time, while training goes on; every rank has one.
 
@@ -72,14 +65,8 @@ class Checkpointer:
         self._run, self._parameters, self._optimizer, self._keep = run, parameters, optimizer, keep
         self._group = dist.new_group(backend="gloo")
         on_gpu = any(parameter.is_cuda for parameter in parameters.values())
-        self._stager = _KeptStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_gpu,
-            )
-        )
+        # Pinned memory that serves every checkpoint. torch 2.11's DefaultStager can be used once only.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=on_gpu)
         self._on_the_way: tuple[int, Future[Any]] | None = None
 
     def start(self, state: TrainState, best: int | None = None) -> None:

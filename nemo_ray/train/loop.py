@@ -110,7 +110,7 @@ class Trainer:
                 finished = False
                 break
         self._log_last()
-        self.profiler.after(self.state.step, is_last=True)
+        self.profiler.end(self.state.step)
         if finished and self._evaluated_step != self.state.step:
             self.evaluate()
         self._save_and_wait()
@@ -133,7 +133,9 @@ class Trainer:
         self.checkpointer.check()
         self.watchdog.work()
         rate = learning_rate(self.train, self.state.step, before, after)
-        self.profiler.before(self.state.step + 1)
+        if self.profiler.begins_with(self.state.step + 1):
+            self._log_last()
+            self.profiler.begin()
         loss_sum, grad_norm = self.update(packs.packs, num_targets, rate)
         self.state.step += 1
         self.state.cursor, self.state.place, self.state.epoch = packs.cursor, packs.place, packs.epoch
@@ -164,7 +166,9 @@ class Trainer:
             if save:
                 self.save()
             self._step_ended_s = time.monotonic()
-        if self.profiler.after(self.state.step):
+        if self.profiler.ends_with(self.state.step):
+            self._log_last()
+            self.profiler.end(self.state.step)
             self._step_ended_s = time.monotonic()
         return True
 

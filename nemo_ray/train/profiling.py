@@ -25,10 +25,12 @@ class StepProfiler:
         self._recording: profile | None = None
         self._began_s = 0.0
 
-    def before(self, step: int) -> None:
-        """To be called before the step of that number."""
-        if step != self.first or step > self.last:
-            return
+    def begins_with(self, step: int) -> bool:
+        """Whether the step of that number, which comes next, is the first one to be recorded."""
+        return step == self.first <= self.last
+
+    def begin(self) -> None:
+        """Record from here on."""
         # On a GPU nothing of the host's is recorded but its calls to CUDA: the rest would slow the steps.
         kind = ProfilerActivity.CUDA if self._on_gpu else ProfilerActivity.CPU
         self._recording = profile(activities=[kind])
@@ -36,14 +38,14 @@ class StepProfiler:
         self._recording.start()
         self._began_s = time.perf_counter()
 
-    def after(self, step: int, is_last: bool = False) -> bool:
-        """To be called after the step of that number; returns whether the profile ended with it.
+    def ends_with(self, step: int) -> bool:
+        """Whether the step of that number, which was taken, is the last one to be recorded."""
+        return self._recording is not None and step >= self.last
 
-        Args:
-            is_last: whether the run ends here, so that fewer steps than asked for are recorded.
-        """
-        if self._recording is None or (step < self.last and not is_last):
-            return False
+    def end(self, step: int) -> None:
+        """Write what was recorded up to that step, if anything was and is not written yet."""
+        if self._recording is None:
+            return
         self._wait()
         steps = step - self.first + 1
         step_ms = (time.perf_counter() - self._began_s) * 1e3 / steps
@@ -59,7 +61,6 @@ class StepProfiler:
         if self._on_gpu:
             facts |= summarize(json.loads(trace)["traceEvents"], steps)
         self.run_dir.write_profile(gzip.compress(trace, compresslevel=3), facts)
-        return True
 
     @property
     def _on_gpu(self) -> bool:
