@@ -20,6 +20,9 @@ COMMANDS = {
     "tune": Command("nemo_ray.tune.__main__", "train many times with other settings, and keep the best"),
     "submit": Command("nemo_ray.submit.__main__", "train or sweep as a job of a Ray cluster"),
     "plan": Command("nemo_ray.plan.__main__", "say what a run takes, before a GPU is paid for"),
+    "doctor": Command(
+        "nemo_ray.doctor.__main__", "look for what would be in a run's way, here or on a cluster"
+    ),
     "prepare": Command("nemo_ray.data.__main__", "tokenize and pack a run's data before it is needed"),
     "status": Command("nemo_ray.view.status", "show the state of a run or a sweep"),
     "report": Command("nemo_ray.view.report", "write a page of curves, speed, data and events"),
