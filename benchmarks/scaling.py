@@ -40,9 +40,9 @@ from workers import workers_of
 GIB = 2**30
 SKIPPED = 4  # steps, which compile and record
 TIMED = range(SKIPPED + 1, 13)  # the steps whose times count; two that are profiled follow
-SAVE_STEPS = 16
-STEPS = 3 * SAVE_STEPS  # the first checkpoint allocates, the second is measured, the third ends the run
+SAVE_STEPS = 32
 BESIDE_SAVING = range(2 * SAVE_STEPS + 1, 2 * SAVE_STEPS + 9)
+STEPS = BESIDE_SAVING[-1]  # the first checkpoint allocates, the second is measured, the third ends the run
 ATTENTION = "lora_target_modules=[q_proj,k_proj,v_proj,o_proj]"
 LOSS_TOLERANCE = 2e-2
 
@@ -54,7 +54,7 @@ class Model:
     """None: the demo's base, as it is."""
 
 
-RANDOM = ("reinit_weights=true", "gradient_checkpointing=auto")
+RANDOM = ("reinit_weights=true", "gradient_checkpointing=auto", "cuda_graphs=true")
 FOUR_BITS = ("adapter=qlora", "load_in_4bit=true", "quantize_moe_experts=true")
 MODELS = {
     "tiny": Model(("sequence_len=512", ATTENTION, EXPERTS, "lora_r=16", *RANDOM)),
@@ -111,7 +111,7 @@ def run(
         child = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
             if name == "killed":
-                kill_a_worker(child.pid, out, BESIDE_SAVING[-1], arguments.limit_s)
+                kill_a_worker(child.pid, out, BESIDE_SAVING[0], arguments.limit_s)
             code = child.wait(arguments.limit_s)
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGINT)  # twice: the second one ends it without a checkpoint

@@ -62,8 +62,9 @@ def test_what_a_configuration_names_and_is_not_there(
     assert "does not exist" in found["base_model"].says
     assert found["base_model"].remedy.startswith("give the folder of the base model")
     assert found["datasets.0.path"].says.endswith("does not exist")
-    code, found = findings(capsys, write(tmp_path, base, datasets=[{"path": str(tmp_path / "*.csv")}]))
-    assert code == 1 and "matches no file" in found["datasets[0]"].says
+    rows = {"path": str(tmp_path / "rows.jsonl"), "split": "dev"}
+    code, found = findings(capsys, write(tmp_path, base, datasets=[rows]))
+    assert code == 1 and "dev" in found["datasets[0]"].says
 
 
 @pytest.mark.usefixtures("well")
