@@ -226,6 +226,7 @@ class RoutedExperts(nn.Module):
         self.num_experts = up_proj.shape[0]
         self.up_proj, self.down_proj = up_proj, down_proj
         self.scalings = {"up": 0.0, "down": 0.0}
+        self._ends: torch.Tensor | None = None  # (E,) int64: those of all passes of training, summed
         for name in ("up_lora_A", "up_lora_B", "down_lora_A", "down_lora_B"):
             self.register_parameter(name, None)
 
@@ -245,6 +246,8 @@ class RoutedExperts(nn.Module):
     ) -> torch.Tensor:
         """tokens (N, H), top_k_index and top_k_weights (N, K) -> (N, H)."""
         slots = sort_slots(top_k_index, self.num_experts)
+        if self.training:
+            self._count(slots)
         product, x, inner = _UpGradient.apply(tokens, *self._trained("up"), self, slots)
         hidden = Deferred.apply(product, partial(self._project, "up", x, inner, slots))
         del x, inner  # what nothing needs again makes room at once: rows of slots are the largest tensors
@@ -259,6 +262,21 @@ class RoutedExperts(nn.Module):
             return combine(self._project("down", x, inner, slots), slots.back, top_k_weights)
 
         return Deferred.apply(product, combined)
+
+    def _count(self, slots: Slots) -> None:
+        """Where an expert's slots end is a sum of counts: one addition in place counts all of them, also in a
+        CUDA graph."""
+        if self._ends is None:
+            self._ends = torch.zeros(self.num_experts, dtype=torch.int64, device=slots.ends.device)
+        self._ends.add_(slots.ends)
+
+    def take_loads(self) -> torch.Tensor | None:
+        """Slots of each expert (E,) in the passes of training since the last call; None before the first."""
+        if self._ends is None:
+            return None
+        loads = self._ends.diff(prepend=self._ends.new_zeros(1))
+        self._ends.zero_()
+        return loads
 
     def _trained(self, side: str) -> tuple[torch.Tensor | None, ...]:
         weight = getattr(self, f"{side}_proj")

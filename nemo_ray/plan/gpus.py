@@ -39,6 +39,26 @@ GPUS = {
 }
 
 
+# A part of what the driver calls it, and the name here.
+_SEEN_AS = (
+    ("H100 80GB HBM3", "h100"),
+    ("H200", "h200"),
+    ("A100-SXM4-80GB", "a100"),
+    ("A100 80GB", "a100"),
+    ("A100-SXM4-40GB", "a100-40gb"),
+    ("A100-PCIE-40GB", "a100-40gb"),
+    ("L40S", "l40s"),
+    ("B200", "b200"),
+    ("RTX 4090", "rtx4090"),
+    ("RTX 5090", "rtx5090"),
+)
+
+
+def seen_gpu(device_name: str) -> Gpu | None:
+    """The GPU that a driver calls `device_name`, as in "NVIDIA H100 80GB HBM3"; None for others."""
+    return next((GPUS[name] for part, name in _SEEN_AS if part in device_name), None)
+
+
 def find_gpu(name: str) -> Gpu:
     """Raises: ConfigError for one that is not in the table, naming the nearest."""
     gpu = GPUS.get(name.lower())

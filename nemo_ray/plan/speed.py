@@ -46,6 +46,11 @@ MEASURED = (
 )
 
 
+def flop_per_token(config: Config, model: Mapping[str, Any]) -> float:
+    """Of a step's products: 2 for each active parameter forward, 2 for what comes in, 2 where it trains."""
+    return (4 if config.adapter else 6) * count_active(model)
+
+
 @dataclass(frozen=True)
 class Speed:
     """Tokens a second on one GPU, and what that is taken from; None, and why it is not known."""
@@ -65,8 +70,7 @@ def estimate_speed(config: Config, model: Mapping[str, Any], gpu: Gpu, tokens: i
     far = _ratio(nearest.active, active)
     if far > _FAR:
         return Speed(None, f"the nearest measured model is {far:,.0f} times as large or small")
-    per_token = (4 if config.adapter else 6) * active
-    speed = nearest.rate / per_token * gpu.tflops / REFERENCE.tflops
+    speed = nearest.rate / flop_per_token(config, model) * gpu.tflops / REFERENCE.tflops
     source = f"measured: {nearest.what}, on an H100 or H200"
     if config.gradient_checkpointing is True:
         speed *= 1 - _RECOMPUTED

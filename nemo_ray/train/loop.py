@@ -15,6 +15,7 @@ from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.reader import PackReader, Repair, StepPacks
 from nemo_ray.errors import DataError, ReclaimedError
+from nemo_ray.model.balance import max_violation
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.best import EVAL_LOSS, Best, best_of
 from nemo_ray.train.checkpoint import Checkpointer, TrainState
@@ -31,7 +32,7 @@ PROGRESS_INTERVAL_S = 0.2
 # Of a row of metrics.jsonl, in this order.
 TRAIN_FIELDS = ("step", "epoch", "cursor", "loss", "lr", "grad_norm", "tokens", "target_tokens")
 TRAIN_FIELDS += ("tokens_per_s", "step_s", "data_wait_s", "checkpoint_s", "peak_memory_bytes")
-TRAIN_FIELDS += ("data_hash", "nonfinite_steps")
+TRAIN_FIELDS += ("mfu", "expert_max_violation", "data_hash", "nonfinite_steps")
 
 
 class Trainer:
@@ -49,10 +50,12 @@ class Trainer:
         watchdog: Watchdog,
         split_over: int | None = None,
         reclaimed: Callable[[], bool] = lambda: False,
+        top_tokens_per_s: float | None = None,
     ) -> None:
         """`split_over`: the number of workers that micro_batch_size and gradient_accumulation_steps are meant
-        for, where there may be fewer now. `reclaimed`: whether a node of the run is being taken back."""
-        self.reclaimed = reclaimed
+        for, where there may be fewer now. `reclaimed`: whether a node of the run is being taken back.
+        `top_tokens_per_s`: of all workers, if products ran as fast as the data sheet says."""
+        self.reclaimed, self.top_tokens_per_s = reclaimed, top_tokens_per_s
         self.trainee, self.train, self.plan, self.run_dir, self.report = trainee, train, plan, run, report
         self.state, self.repair, self.watchdog = state, repair, watchdog
         self.update = Update(trainee, train)
@@ -74,6 +77,7 @@ class Trainer:
         self.profiler = StepProfiler(train, run, trainee.device, self.rank)
         self._unlogged: tuple[dict[str, Any], FiguresOnTheWay, StepPacks] | None = None
         self._step_ended_s = time.monotonic()
+        max_violation(trainee.model)  # of passes before training, on tokens without meaning
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -152,7 +156,9 @@ class Trainer:
             "data_hash": self.state.data_hash,
         }
         self._held_by_checkpoints_s = 0.0
-        figures = FiguresOnTheWay(loss_sum / max(1, num_targets), grad_norm)
+        violation = max_violation(self.trainee.model)
+        others = [] if violation is None else [violation]
+        figures = FiguresOnTheWay(loss_sum / max(1, num_targets), grad_norm, *others)
         self._log_last()  # the step before: a GPU is at work on this one meanwhile
         self._unlogged = (row, figures, packs)
         if figures.are_here or self.nonfinite.next_may_end_the_run:
@@ -269,7 +275,8 @@ class Trainer:
             return
         row, figures, packs = self._unlogged
         self._unlogged = None
-        loss, norm = figures.wait()
+        loss, norm, *others = figures.wait()
+        row["expert_max_violation"] = others[0] if others else None
         now_s = time.monotonic()
         step_s, self._step_ended_s = now_s - self._step_ended_s, now_s
         self.state.nonfinite_steps += self.nonfinite.add(row["step"], loss, norm, packs)
@@ -281,6 +288,8 @@ class Trainer:
 
     def _log(self, row: dict[str, Any]) -> None:
         row["tokens_per_s"] = row["tokens"] / row["step_s"]
+        if self.top_tokens_per_s is not None:
+            row["mfu"] = row["tokens_per_s"] / self.top_tokens_per_s
         row["peak_memory_bytes"] = peak_memory_bytes(self.trainee.device)
         row["nonfinite_steps"] = self.state.nonfinite_steps
         self.run_dir.append_metrics(row)

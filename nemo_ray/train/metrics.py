@@ -18,10 +18,10 @@ def extend_hash(previous: str, drawn: Sequence[tuple[str, int]]) -> str:
 
 
 class FiguresOnTheWay:
-    """A step's loss and gradient norm on their way from the device, which goes on with the next step."""
+    """Figures of a step, each a tensor of one value, on their way from the device, which goes on."""
 
-    def __init__(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        self._values = torch.stack([loss.float(), grad_norm.float()])
+    def __init__(self, *figures: torch.Tensor) -> None:
+        self._values = torch.stack([figure.float() for figure in figures])
         self._arrived: torch.cuda.Event | None = None
         if self._values.is_cuda:
             self._values = self._values.to("cpu", non_blocking=True)
@@ -33,12 +33,12 @@ class FiguresOnTheWay:
         """Whether nothing has to be waited for, and no step runs meanwhile."""
         return self._arrived is None
 
-    def wait(self) -> tuple[float, float]:
-        """Loss and gradient norm."""
+    def wait(self) -> list[float]:
+        """Their values."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, norm = self._values.tolist()
-        return loss, norm
+        values: list[float] = self._values.tolist()
+        return values
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -28,7 +28,7 @@ from nemo_ray.model.lora import LoraTargets
 from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
 from nemo_ray.model.ssd import missing_kernels
-from nemo_ray.plan import FULL, estimate_memory
+from nemo_ray.plan import FULL, estimate_memory, flop_per_token, seen_gpu
 from nemo_ray.run_dir import RunDir
 from nemo_ray.targets import read_shape
 from nemo_ray.train.checkpoint import TrainState, load_checkpoint, load_weights
@@ -36,9 +36,11 @@ from nemo_ray.train.loop import Trainer
 from nemo_ray.train.loss import bind_loss
 from nemo_ray.train.optim import make_optimizer
 from nemo_ray.train.parallelize import Layout, parallelize
+from nemo_ray.train.ray_metrics import RayMetrics
 from nemo_ray.train.remote_run import connect
 from nemo_ray.train.starting import choose_checkpoint, take_over
 from nemo_ray.train.trackers import open_trackers
+from nemo_ray.train.trackers.forwarder import Tracker
 from nemo_ray.train.update import Trainee, compile_kernels
 from nemo_ray.train.watchdog import Watchdog
 from nemo_ray.urls import is_url
@@ -69,6 +71,7 @@ def train_worker(train_loop_config: Mapping[str, Any]) -> dict[str, Any]:
         torch.device(ray.train.torch.get_device()),
         lambda m: ray.train.report(dict(m)),
         node_is_reclaimed,
+        RayMetrics,
     )
 
 
@@ -81,12 +84,16 @@ def node_is_reclaimed() -> bool:
 
 
 def run_worker(
-    spec: WorkerSpec, device: torch.device, report: Any, reclaimed: Callable[[], bool] = lambda: False
+    spec: WorkerSpec,
+    device: torch.device,
+    report: Any,
+    reclaimed: Callable[[], bool] = lambda: False,
+    metrics: Callable[[RunDir], Tracker] | None = None,
 ) -> dict[str, Any]:
-    """The same without Ray: a process group must exist."""
+    """The same without Ray: a process group must exist. `metrics` makes one more tracker."""
     rank, run = dist.get_rank(), spec.run_dir()
     with Watchdog(run.rank_file(rank), rank, spec.config.ray.hang_timeout_s) as watchdog:
-        return watched(spec, run, device, report, watchdog, reclaimed)
+        return watched(spec, run, device, report, watchdog, reclaimed, metrics)
 
 
 def watched(
@@ -96,6 +103,7 @@ def watched(
     report: Any,
     watchdog: Watchdog,
     reclaimed: Callable[[], bool],
+    metrics: Callable[[RunDir], Tracker] | None = None,
 ) -> dict[str, Any]:
     """The same under a watchdog that is told of each phase."""
     config, rank = spec.config, dist.get_rank()
@@ -135,13 +143,14 @@ def watched(
     if folder is not None:
         state = load_checkpoint(folder, trainee.parameters, trainee.optimizer)
     repair = repairer(spec.plan, config.data, hub.reference(config))
-    with tracked(config, spec.plan, run, state.step, rank) as ending:
+    with tracked(config, spec.plan, run, state.step, rank, metrics) as ending:
         asked = config.ray.num_workers
         split_over = asked[1] if isinstance(asked, tuple) else None
         trainer = Trainer(
             *(trainee, config.train, spec.plan, run, report, state, repair, watchdog),
             split_over=split_over,
             reclaimed=reclaimed,
+            top_tokens_per_s=top_speed(config, base, device),
         )
         if config.gradient_checkpointing == "auto" and device.type == "cuda":
             kept = trainer.update.keep_activations(config.sequence_len)
@@ -156,6 +165,15 @@ def watched(
     trainer.write_progress("done", now=True)
     report({"step": state.step, "eval_loss": trainer.eval_loss, "stopped": not finished})
     return {"step": state.step, "stopped": not finished}
+
+
+def top_speed(config: Config, base: str, device: torch.device) -> float | None:
+    """Tokens a second of all workers, if products ran as fast as their GPU's data sheet says; None where that
+    is not known."""
+    gpu = seen_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is None:
+        return None
+    return dist.get_world_size() * gpu.tflops * 1e12 / flop_per_token(config, read_shape(base))
 
 
 def begin_phase(phase: str, run: RunDir, rank: int, watchdog: Watchdog) -> None:
@@ -173,7 +191,14 @@ class Ending:
 
 
 @contextlib.contextmanager
-def tracked(config: Config, plan: DataPlan, run: RunDir, step: int, rank: int) -> Iterator[Ending]:
+def tracked(
+    config: Config,
+    plan: DataPlan,
+    run: RunDir,
+    step: int,
+    rank: int,
+    metrics: Callable[[RunDir], Tracker] | None,
+) -> Iterator[Ending]:
     """Rank 0 puts metrics.jsonl back to `step`, and tells trackers of what is appended from here on."""
     ending = Ending()
     if rank != 0:
@@ -181,7 +206,7 @@ def tracked(config: Config, plan: DataPlan, run: RunDir, step: int, rank: int) -
         return
     run.truncate_metrics(step)
     with run.keeping_tracker_files():
-        trackers = open_trackers(config, plan, run, step)
+        trackers = open_trackers(config, plan, run, step, [metrics(run)] if metrics is not None else [])
         run.listen(trackers)
         try:
             yield ending

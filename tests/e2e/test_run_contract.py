@@ -29,6 +29,8 @@ TRAIN_FIELDS = [
     "data_wait_s",
     "checkpoint_s",
     "peak_memory_bytes",
+    "mfu",
+    "expert_max_violation",
     "data_hash",
     "nonfinite_steps",
 ]
@@ -52,6 +54,7 @@ def test_metrics(reference: RunDir) -> None:
         assert math.isclose(row["tokens_per_s"], row["tokens"] / row["step_s"], rel_tol=1e-9)
         after_a_checkpoint = row["step"] > 1 and row["step"] % 4 == 1  # save_steps
         assert row["checkpoint_s"] > 0 if after_a_checkpoint else row["checkpoint_s"] == 0
+        assert row["mfu"] is None and 0 < row["expert_max_violation"] < 8  # 8 experts
         assert 0 <= row["data_wait_s"] <= row["step_s"] and row["peak_memory_bytes"] > 50e6
         previous = row
     # No step crosses an epoch; the last one of the first takes what is left.

@@ -55,10 +55,12 @@ class Trackers:
                 self._warn(f"{forwarder.name}: {error}; training goes on, and metrics.jsonl has the figures")
 
 
-def open_trackers(config: Config, plan: DataPlan, run: RunDir, step: int) -> Trackers:
-    """The trackers of a run that begins, or goes on, after `step`; its metrics.jsonl ends there."""
+def open_trackers(
+    config: Config, plan: DataPlan, run: RunDir, step: int, more: Sequence[Tracker] = ()
+) -> Trackers:
+    """The trackers of a run that begins, or goes on, after `step`, where metrics.jsonl ends; and `more`."""
     history, told, tracking = run.read_metrics(), facts(config, plan), config.tracking
-    found: list[Tracker] = [TensorBoard(run.tensorboard_dir, step, history, told)]
+    found: list[Tracker] = [TensorBoard(run.tensorboard_dir, step, history, told), *more]
     ids = run.read_trackers()
     if tracking.sends_to_wandb:
         ids.setdefault("wandb_run_id", tracking.wandb_run_id or secrets.token_hex(4))
