@@ -62,8 +62,12 @@ def address_to_join(section: RaySection, environ: Mapping[str, str]) -> str | No
     return None if address == "local" else address
 
 
-def start_local(num_cpus: int, environment: Environment, include_dashboard: bool = False) -> None:
+def start_local(
+    num_cpus: int, environment: Environment, include_dashboard: bool = False, verbose: bool = False
+) -> None:
     """Start a Ray of our own, reachable from this machine only.
+
+    `verbose`: with all that Ray and its processes log.
 
     Must run in the main thread: the kernel ends Ray's processes with the thread that started them.
     Without a dashboard a trial that Tune stops leaks its placement group (Ray 2.60); a single run has none.
@@ -89,17 +93,23 @@ def start_local(num_cpus: int, environment: Environment, include_dashboard: bool
             num_cpus=num_cpus,
             include_dashboard=include_dashboard,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            log_to_driver=verbose,
         )
     except Exception as error:
         raise ClusterError(f"a local Ray could not be started: {one_line(error)}") from error
 
 
-def connect(address: str, environment: Environment, variables: Mapping[str, str] | None = None) -> None:
+def connect(
+    address: str,
+    environment: Environment,
+    variables: Mapping[str, str] | None = None,
+    verbose: bool = False,
+) -> None:
     """Join the cluster at `address`: host:port or "auto".
 
     variables: environment variables of this process that the job's processes on all nodes are to have too.
+    verbose: with all that Ray and the job's processes log.
     Raises: ClusterError where it cannot be reached within CONNECT_WITHIN_S.
     """
     where = f"the Ray cluster at {address}"
@@ -123,7 +133,10 @@ def connect(address: str, environment: Environment, variables: Mapping[str, str]
     def join() -> None:
         try:
             ray.init(
-                address=address, logging_level=logging.ERROR, log_to_driver=False, runtime_env=runtime_env
+                address=address,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                log_to_driver=verbose,
+                runtime_env=runtime_env,
             )
         except BaseException as error:
             failed.append(error)

@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="train although no GPU of the cluster can hold it, by the estimate",
     )
+    result.add_argument(
+        "--verbose", action="store_true", help="print what Ray and the workers log, with rank and step"
+    )
     return result
 
 
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded = load_config(given.config, given.overrides)
         from nemo_ray.train.launch import run
 
-        return run(loaded, given.force)
+        return run(loaded, given.force, given.verbose)
     except NemoRayError as error:
         return tell(error)
     except KeyboardInterrupt:

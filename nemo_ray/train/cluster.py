@@ -22,6 +22,7 @@ from nemo_ray.stored_run import StoredRunDir
 from nemo_ray.train import run_service
 from nemo_ray.train.driver import Driver
 from nemo_ray.train.driver_lock import only_while_held
+from nemo_ray.train.logs import LEVEL_VARIABLE
 from nemo_ray.train.lost import Failure, find_out
 from nemo_ray.train.placement import free_abandoned_groups
 from nemo_ray.train.processes import Look, look
@@ -44,6 +45,7 @@ def fit(
     wanted: Demand,
     section: RaySection,
     driver: Driver,
+    verbose: bool = False,
 ) -> Any:
     """Run the workers to their end and return what rank 0's function returned.
 
@@ -59,7 +61,7 @@ def fit(
         told["loop_config"]["service"] = run_service.start(run.url, driver)
     for start in range(CONTROLLER_FAILURES + 1):
         try:
-            return _trainer(told, run, wanted, section).fit().return_value
+            return _trainer(told, run, wanted, section, verbose).fit().return_value
         except ControllerError as error:
             # Ray 2.60 ends a run in which a worker dies before the controller has asked for it once.
             died = isinstance(root_cause(error), RayActorError)
@@ -70,7 +72,7 @@ def fit(
     raise AssertionError("the last start returns or raises")
 
 
-def _trainer(told: Mapping[str, Any], run: RunDir, wanted: Demand, section: RaySection) -> Any:
+def _trainer(told: Mapping[str, Any], run: RunDir, wanted: Demand, section: RaySection, verbose: bool) -> Any:
     """A TorchTrainer for one start, under a name of its own."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -102,9 +104,9 @@ def _trainer(told: Mapping[str, Any], run: RunDir, wanted: Demand, section: RayS
                 if wanted.at_least is None
                 else ELASTIC_CONTROLLER_FAILURES,
             ),
-            worker_runtime_env={"env_vars": _worker_environment(os.environ)},
+            worker_runtime_env={"env_vars": _worker_environment(os.environ, verbose)},
             callbacks=[_judge_failures(run, section.max_failures)],
-            logging_config=LoggingConfig(log_level="ERROR"),
+            logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
         ),
     )
 
@@ -116,11 +118,13 @@ def environment(wanted: Demand) -> dict[str, str]:
     return {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300" if wanted.at_least is None else "45"}
 
 
-def _worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
+def _worker_environment(environ: Mapping[str, str], verbose: bool) -> dict[str, str]:
     """Settings that a worker must have before its first allocation, unless the user chose otherwise."""
     # Expert banks of a GiB come and go beside small tensors: without it a part of the memory is holes.
     # Triton writes what it tuned to disk: a second run on the node starts a minute sooner.
     chosen = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TRITON_CACHE_AUTOTUNING": "1"}
+    if verbose:
+        chosen[LEVEL_VARIABLE] = "INFO"
     return {name: value for name, value in chosen.items() if name not in environ}
 
 

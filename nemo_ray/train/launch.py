@@ -94,19 +94,22 @@ class Parts:
     """What runs on each worker; None is train.worker.train_worker."""
 
 
-def run(loaded: LoadedConfig, force: bool = False) -> int:
+def run(loaded: LoadedConfig, force: bool = False, verbose: bool = False) -> int:
     """Train as configured; returns the exit code: 0, 1 failed, 2 refused, 130 stopped by a signal.
 
     force: also where no GPU of the cluster can hold it, by the estimate.
+    verbose: with all that Ray and the workers log.
     """
-    return Launch(loaded, Parts(), force).run()
+    return Launch(loaded, Parts(), force, verbose).run()
 
 
 class Launch:
     """One run from the driver's side. Use once."""
 
-    def __init__(self, loaded: LoadedConfig, parts: Parts, force: bool = False) -> None:
-        self.notices, self.parts, self.force = loaded.notices, parts, force
+    def __init__(
+        self, loaded: LoadedConfig, parts: Parts, force: bool = False, verbose: bool = False
+    ) -> None:
+        self.notices, self.parts, self.force, self.verbose = loaded.notices, parts, force, verbose
         self.job_id = outputs.submission_id(os.environ)
         self.config = outputs.resolve_paths(loaded.config, self.job_id is not None, Path.cwd())
         self.run_dir = open_run(self.config.output_dir)
@@ -197,11 +200,11 @@ class Launch:
         section = self.config.ray
         if address is None:
             wanted = resources.demand(self.config, resources.gpus_here(os.environ))
-            session.start_local(resources.local_cpus(wanted), self.environment)
+            session.start_local(resources.local_cpus(wanted), self.environment, verbose=self.verbose)
             nodes = session.nodes()
             beside = resources.place(wanted, nodes, section.accelerator_type)
         else:
-            session.connect(address, self.environment, self._variables_to_pass_on())
+            session.connect(address, self.environment, self._variables_to_pass_on(), self.verbose)
             wanted = resources.demand(self.config, sum(node.get("GPU", 0.0) for node in session.nodes()))
             room = wanted, section.accelerator_type, section.wait_for_nodes_s
             beside = wait_for_room(*room, session.nodes, self.say)
@@ -263,7 +266,9 @@ class Launch:
             loop_config = {"config": config, "plan": plan, "output_dir": run.place}
             fit = Background(
                 "fit",
-                lambda: cluster.fit(self.parts.worker, loop_config, run, wanted, config.ray, self.lock.me),
+                lambda: cluster.fit(
+                    self.parts.worker, loop_config, run, wanted, config.ray, self.lock.me, self.verbose
+                ),
             )
             self._watch(display, fit, data)
         if self.interrupts.count:

@@ -3,6 +3,7 @@
 What a step computes is update.py's; here are its order, its inputs and what is told of it.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from nemo_ray.train.watchdog import Watchdog
 
 Report = Callable[[Mapping[str, Any]], None]
 PROGRESS_INTERVAL_S = 0.2
+_log = logging.getLogger(__name__)
 # Of a row of metrics.jsonl, in this order.
 TRAIN_FIELDS = ("step", "epoch", "cursor", "loss", "lr", "grad_norm", "tokens", "target_tokens")
 TRAIN_FIELDS += ("tokens_per_s", "step_s", "data_wait_s", "checkpoint_s", "peak_memory_bytes")
@@ -182,6 +184,7 @@ class Trainer:
         """Evaluate the held-out rows, where there are any; save the best weights so far, where asked to."""
         if not self.plan.eval_windows:
             return
+        _log.info("evaluating")
         self.write_progress("evaluating", now=True)
         found = self.evaluator()
         if found is None:
@@ -208,6 +211,7 @@ class Trainer:
         while training goes on."""
         if self.state.step == 0 or self._saved_step == self.state.step:
             return
+        _log.info("saving")
         self.write_progress("saving", now=True)
         began_s = time.monotonic()
         self.checkpointer.start(self.state, self.best.step if self.train.load_best_model_at_end else None)
@@ -293,6 +297,7 @@ class Trainer:
         row["peak_memory_bytes"] = peak_memory_bytes(self.trainee.device)
         row["nonfinite_steps"] = self.state.nonfinite_steps
         self.run_dir.append_metrics(row)
+        _log.info("loss %s, %.0f tokens/s", row["loss"], row["tokens_per_s"])
         self.write_progress("training", **{name: row[name] for name in ("loss", "lr", "tokens_per_s")})
 
     def write_progress(self, phase: str, now: bool = False, **figures: float | None) -> None:

@@ -51,7 +51,7 @@ class Watchdog:
         """timeout_s: what a step, or a batch of an evaluation, may take at most; 0 for no limit."""
         self._path, self._timeout_s = file, timeout_s
         self._rank, self._host, self._pid = rank, socket.gethostname(), os.getpid()
-        self._phase, self._step = "starting", 0
+        self._phase, self.step = "starting", 0
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> "Watchdog":
@@ -71,7 +71,7 @@ class Watchdog:
 
     def enter(self, phase: str, step: int = 0) -> None:
         """A phase of the run begins, by its name in progress.json. One without a name there has no limit."""
-        self._phase, self._step = phase, step
+        self._phase, self.step = phase, step
         slow = SLOW_FACTOR if phase in _SLOW else 0
         self._arm(self._timeout_s * (1 if phase in _QUICK else slow))
 
@@ -87,7 +87,7 @@ class Watchdog:
         if self._file is None:
             return
         state = RankState(
-            self._rank, self._host, self._pid, self._phase, self._step, time.time(), round(limit_s, 3)
+            self._rank, self._host, self._pid, self._phase, self.step, time.time(), round(limit_s, 3)
         )
         with contextlib.suppress(OSError):
             header = json.dumps(asdict(state)).encode()

@@ -4,6 +4,7 @@ It owns the order in which the parts are made. Ray is used for the rank, the dev
 """
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from nemo_ray.plan import FULL, estimate_memory, flop_per_token, seen_gpu
 from nemo_ray.run_dir import RunDir
 from nemo_ray.targets import read_shape
 from nemo_ray.train.checkpoint import TrainState, load_checkpoint, load_weights
+from nemo_ray.train.logs import placed
 from nemo_ray.train.loop import Trainer
 from nemo_ray.train.loss import bind_loss
 from nemo_ray.train.optim import make_optimizer
@@ -44,6 +46,8 @@ from nemo_ray.train.trackers.forwarder import Tracker
 from nemo_ray.train.update import Trainee, compile_kernels
 from nemo_ray.train.watchdog import Watchdog
 from nemo_ray.urls import is_url
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,10 @@ def run_worker(
 ) -> dict[str, Any]:
     """The same without Ray: a process group must exist. `metrics` makes one more tracker."""
     rank, run = dist.get_rank(), spec.run_dir()
-    with Watchdog(run.rank_file(rank), rank, spec.config.ray.hang_timeout_s) as watchdog:
+    with (
+        Watchdog(run.rank_file(rank), rank, spec.config.ray.hang_timeout_s) as watchdog,
+        placed(rank, lambda: watchdog.step),
+    ):
         return watched(spec, run, device, report, watchdog, reclaimed, metrics)
 
 
@@ -178,6 +185,7 @@ def top_speed(config: Config, base: str, device: torch.device) -> float | None:
 
 def begin_phase(phase: str, run: RunDir, rank: int, watchdog: Watchdog) -> None:
     """Tell the watchdog, and as rank 0 the driver, of a phase before training."""
+    _log.info(phase)
     watchdog.enter(phase)
     if rank == 0:
         run.write_progress({"phase": phase})

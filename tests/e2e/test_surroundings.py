@@ -1,5 +1,6 @@
 """What changes around a run and is none of its business: the clock, and what others put on its cluster."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -78,3 +79,12 @@ def test_others_fill_the_object_store(world: World, reference: RunDir, tmp_path:
     assert not started.errors and "starting again" not in started.output
     assert_same_course(run, reference)
     assert_same_adapter(run, reference)
+
+
+def test_verbose_brings_the_logs_of_ray_and_the_workers(world: World, reference: RunDir) -> None:
+    run = world.train("verbose", "--verbose", max_steps=2, eval_steps=None, test_datasets=[])
+    assert run.end() == 0, run.output
+    assert re.search(r"INFO rank 0 step 2 nemo_ray\.train\.loop: saving", run.output), run.output
+    assert "Started a local Ray instance" in run.output
+    quiet = world.output_of("reference")
+    assert "INFO" not in quiet and "Started a local Ray" not in quiet
