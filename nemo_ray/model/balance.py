@@ -15,9 +15,11 @@ def max_violation(model: nn.Module) -> torch.Tensor | None:
     Source: Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts" (2024).
     """
     experts = [module for module in model.modules() if isinstance(module, RoutedExperts)]
-    loads = [taken for module in experts if (taken := module.take_loads()) is not None]
-    if not loads:
+    counted = [module.counted_ends for module in experts if module.counted_ends is not None]
+    if not counted:
         return None
-    each = torch.stack(loads).float()  # (layers, experts)
-    mean = each.mean(1)
-    return ((each.amax(1) - mean) / mean.clamp_min(1e-9)).mean()
+    ends = torch.stack(counted)  # (layers, experts)
+    torch._foreach_zero_(counted)
+    loads = ends.diff(prepend=torch.zeros_like(ends[:, :1])).float()
+    mean = loads.mean(1)
+    return ((loads.amax(1) - mean) / mean.clamp_min(1e-9)).mean()

@@ -226,7 +226,9 @@ class RoutedExperts(nn.Module):
         self.num_experts = up_proj.shape[0]
         self.up_proj, self.down_proj = up_proj, down_proj
         self.scalings = {"up": 0.0, "down": 0.0}
-        self._ends: torch.Tensor | None = None  # (E,) int64: those of all passes of training, summed
+        # (E,) int64: where experts' slots end, summed over passes of training; balance.py sets it back. It is
+        # a sum of counts, so that one addition in place counts all of them, also in a CUDA graph.
+        self.counted_ends: torch.Tensor | None = None
         for name in ("up_lora_A", "up_lora_B", "down_lora_A", "down_lora_B"):
             self.register_parameter(name, None)
 
@@ -264,19 +266,9 @@ class RoutedExperts(nn.Module):
         return Deferred.apply(product, combined)
 
     def _count(self, slots: Slots) -> None:
-        """Where an expert's slots end is a sum of counts: one addition in place counts all of them, also in a
-        CUDA graph."""
-        if self._ends is None:
-            self._ends = torch.zeros(self.num_experts, dtype=torch.int64, device=slots.ends.device)
-        self._ends.add_(slots.ends)
-
-    def take_loads(self) -> torch.Tensor | None:
-        """Slots of each expert (E,) in the passes of training since the last call; None before the first."""
-        if self._ends is None:
-            return None
-        loads = self._ends.diff(prepend=self._ends.new_zeros(1))
-        self._ends.zero_()
-        return loads
+        if self.counted_ends is None:
+            self.counted_ends = torch.zeros(self.num_experts, dtype=torch.int64, device=slots.ends.device)
+        self.counted_ends.add_(slots.ends)
 
     def _trained(self, side: str) -> tuple[torch.Tensor | None, ...]:
         weight = getattr(self, f"{side}_proj")
