@@ -41,7 +41,7 @@ def test_a_launch_on_several_nodes_asks_them_first_and_gives_them_the_stores_var
     given: list[dict[str, str]] = []
     asked: list[dict[str, str]] = []
     monkeypatch.setenv("AWS_REGION", "eu-west-1")
-    monkeypatch.setattr(session, "connect", lambda address, environment, variables: given.append(variables))
+    monkeypatch.setattr(session, "connect", lambda address, env, variables, verbose: given.append(variables))
     monkeypatch.setattr(session, "nodes", lambda: [{"CPU": 4.0}, {"CPU": 4.0}])
     monkeypatch.setattr(nodes, "check_shared", asked.append)
     config = Config.model_validate(

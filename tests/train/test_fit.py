@@ -66,7 +66,7 @@ def test_the_kind_that_is_asked_for_counts() -> None:
 
 
 def test_training_asks_before_it_takes_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(launch.session, "start_local", lambda *_: None)
+    monkeypatch.setattr(launch.session, "start_local", lambda *_, **__: None)
     monkeypatch.setattr(launch.session, "nodes", lambda: [node("L40S")])
     monkeypatch.setattr(launch.resources, "gpus_here", lambda environ: 1)
     config = Config(
