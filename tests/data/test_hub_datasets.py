@@ -282,6 +282,7 @@ def test_a_hub_that_sends_no_ranges_is_told(hub: HubServer, base: Path, tmp_path
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 def test_the_command_streams_through_ray(hub: HubServer, base: Path, tmp_path: Path) -> None:
     hub.add(f"datasets/{NAME}", {**FILES, "rows.jsonl": lines(ROWS)})
     datasets = [{"streaming": True}, {"streaming": True, "data_files": "rows.jsonl"}]

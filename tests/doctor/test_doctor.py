@@ -151,6 +151,7 @@ def test_a_store_that_takes_nothing(
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 def test_every_node_of_a_cluster(base: Path, tmp_path: Path) -> None:
     """One of three has another home and no shared folder; within the time that is promised."""
     config = write(tmp_path, base, output_dir="~/run", ray={"num_workers": 2})

@@ -22,7 +22,7 @@ from tests.e2e.compare import train_rows
 from tests.e2e.nodes import nodes
 from tests.e2e.world import World
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(300)]
 OFTEN = {"RAY_metrics_report_interval_ms": "500"}
 # The first is known on GPUs only, and the second begins where data is waited for.
 NOT_HERE = {"ray_nemo_ray_model_flops_utilization", "ray_nemo_ray_data_wait_seconds_total"}

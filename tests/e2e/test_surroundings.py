@@ -81,6 +81,7 @@ def test_others_fill_the_object_store(world: World, reference: RunDir, tmp_path:
     assert_same_adapter(run, reference)
 
 
+@pytest.mark.long
 def test_verbose_brings_the_logs_of_ray_and_the_workers(world: World, reference: RunDir) -> None:
     run = world.train("verbose", "--verbose", max_steps=2, eval_steps=None, test_datasets=[])
     assert run.end() == 0, run.output
