@@ -21,7 +21,8 @@ from tests.e2e.command import ROOT, Command
 from tests.e2e.compare import assert_each_step_once, train_rows
 from tests.e2e.nodes import BIN
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(300)]
+# Once in nine times the new workers did not begin within its limit after the machine was lost.
+pytestmark = [pytest.mark.e2e, pytest.mark.soak, pytest.mark.timeout(300)]
 FILE = "cluster/on-premises/cluster.yaml"
 LAUNCHER = "192.168.1.2"
 TOOLS = ("ip", "nsenter", "rsync", "ssh", "ssh-keygen", "sshd", "unshare")
