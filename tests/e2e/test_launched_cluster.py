@@ -36,11 +36,13 @@ mount --make-rprivate /
 hostname "$2"
 mkdir -p /mnt "$1/rest"
 mount -t tmpfs tmpfs /mnt
-mkdir /mnt/shared /mnt/files
+mkdir /mnt/shared /mnt/files /mnt/checkout
 mount --bind "$1/shared" /mnt/shared
 mount --bind "$1/files" /mnt/files
+mount --bind "$3" /mnt/checkout
 for folder in /tmp /run /home /dev/shm; do mount -t tmpfs -o mode=1777 tmpfs "$folder"; done
-mkdir -p /run/sshd /home/ray/.ssh
+mkdir -p /run/sshd /home/ray/.ssh "$3"
+mount --bind /mnt/checkout "$3" # it may lie below one of these folders
 ln -s "$3" /home/ray/nemo_ray
 mount --bind /mnt/files/passwd /etc/passwd
 mount --bind /mnt/files/hosts /etc/hosts
