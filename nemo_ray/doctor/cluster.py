@@ -176,17 +176,24 @@ def _between(probes: Mapping[str, Any], addresses: Mapping[str, str]) -> list[Fi
     reached = _answers(
         {name: probe.reach.remote(open_ports) for name, probe in probes.items()}, network.WITHIN_S
     )
-    failed = {
-        (source, target): why
-        for source, answers in reached.items()
-        if not isinstance(answers, Finding)
-        for target, why in answers.items()
-    }
+    failed = unreached(ports, reached)
     for probe in probes.values():
         probe.close.remote()
     members = f"{len(probes)} nodes"
     host = addresses[next(iter(probes))]
     return [*found, network.judge_ports(failed), _sum_over("gloo", list(probes.values()), host, members)]
+
+
+def unreached(ports: Mapping[str, Any], reached: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """Why, by (from, to). Of each node the port that it opened, and what it did not reach; a Finding where it
+    gave no answer, which counts as not reached."""
+    failed = {(name, name): port.says for name, port in ports.items() if isinstance(port, Finding)}
+    for source, answer in reached.items():
+        if isinstance(answer, Finding):
+            failed[source, "the others"] = answer.says
+        else:
+            failed |= {(source, target): why for target, why in answer.items()}
+    return failed
 
 
 def _clock(probe: Any) -> network.Clock | None:

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -94,11 +93,8 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_disks(tmp_path: Path) -> None:
-    def room(free: float) -> object:
-        return lambda path: SimpleNamespace(free=free).__dict__ and (0, 0, int(free))
-
-    for free, state in ((50 * GIB, OK), (5 * GIB, WARNING), (0.5 * GIB, ERROR)):
-        found = machine.judge_disk("output_dir", str(tmp_path), room(free))  # type: ignore[arg-type]
+    for free, state in ((50 * GIB, OK), (5 * GIB, WARNING), (GIB // 2, ERROR)):
+        found = machine.judge_disk("output_dir", str(tmp_path), lambda path, free=free: (0, 0, free))
         assert found.state == state and found.subject == "output_dir"
     (tmp_path / "file").write_text("")
     assert machine.judge_disk("output_dir", str(tmp_path / "file" / "run")).state == ERROR

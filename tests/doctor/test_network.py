@@ -25,6 +25,16 @@ def test_ports_that_are_reached_and_those_that_are_not() -> None:
     assert found.state == ERROR and "n1 does not reach a port of n2: timed out, and 1 more" in found.says
 
 
+def test_a_node_without_an_answer_is_not_reached() -> None:
+    silent = cluster.judge_silence(20)
+    assert cluster.unreached({"a": 1, "b": 2}, {"a": {}, "b": {}}) == {}
+    assert cluster.unreached({"a": 1, "b": silent}, {"a": {}, "b": {"a": "timed out"}}) == {
+        ("b", "b"): silent.says,
+        ("b", "a"): "timed out",
+    }
+    assert cluster.unreached({"a": 1}, {"a": silent}) == {("a", "the others"): silent.says}
+
+
 def test_a_sum_over_gloo() -> None:
     port = free_port()
     with ThreadPoolExecutor(3) as pool:
