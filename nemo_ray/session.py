@@ -173,6 +173,15 @@ def _check_reachable(address: str, where: str) -> None:
         ) from error
 
 
+def require_none() -> None:
+    """Raises: ClusterError where this process is connected to a Ray already, which a run would end."""
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        raise ClusterError(
+            "this process has called ray.init already, and a run starts or joins a Ray of its own: call "
+            "ray.shutdown() first, and set ray.address for a cluster"
+        )
+
+
 def nodes() -> list[dict[str, float]]:
     """Total resources of each node that is alive."""
     import ray

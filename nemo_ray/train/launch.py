@@ -123,6 +123,8 @@ class Launch:
         self.started_s = time.monotonic()
         self.begun = self.stopped = False
         self.failed_with: str | None = None
+        self.error: Exception | None = None
+        """What it failed by."""
         self._ending = threading.Lock()
 
     def run(self) -> int:
@@ -307,8 +309,9 @@ class Launch:
 
     # -- ends ------------------------------------------------------------------------------------
 
-    def _fail(self, error: BaseException) -> int:
+    def _fail(self, error: Exception) -> int:
         """Say in one line what went wrong and return the exit code."""
+        self.error = error
         self._tell(error)
         cause = root_cause(error)
         return cause.exit_code if isinstance(cause, NemoRayError) else 1

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_ray.errors import NemoRayError
+from nemo_ray.session import require_none
 from nemo_ray.tune.budget import Spent
 from nemo_ray.tune.load import load_sweep
 from nemo_ray.tune.shards import parse_shard
@@ -83,6 +84,7 @@ def sweep(
     after Ctrl-C. What it prints is the command's.
     """
     found = load_sweep(config if isinstance(config, Mapping) else str(config), overrides)
+    require_none()
     from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
     from nemo_ray.tune.launch import SweepLaunch
 

@@ -16,7 +16,8 @@ from nemo_ray import session
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config
 from nemo_ray.data import sources
-from nemo_ray.data.__main__ import main, prepared_directory
+from nemo_ray.data.__main__ import main
+from nemo_ray.data.ahead import prepared_directory
 from nemo_ray.data.encode import Sample
 from nemo_ray.data.examples import probe_sources, token_texts
 from nemo_ray.data.histograms import EDGES, count, shard_histograms

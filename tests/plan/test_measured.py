@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import sizes
 from nemo_ray.config.schema import Config
-from nemo_ray.plan.__main__ import find_shape
+from nemo_ray.plan.facts import find_shape
 from nemo_ray.plan.gpus import GIB, GPUS
 from nemo_ray.plan.memory import estimate_memory, most_tokens
 from nemo_ray.plan.speed import MEASURED, estimate_speed

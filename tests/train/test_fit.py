@@ -7,7 +7,7 @@ import pytest
 from nemo_ray.config.load import LoadedConfig
 from nemo_ray.config.schema import Config
 from nemo_ray.errors import ConfigError
-from nemo_ray.plan.__main__ import find_shape
+from nemo_ray.plan.facts import find_shape
 from nemo_ray.train import launch
 from nemo_ray.train.fit import check_fit
 from nemo_ray.train.launch import Launch, Parts
