@@ -34,6 +34,14 @@ LINEAR_NAMES = (
 )
 # What may be trained whole beside a LoRA: name in lora_modules_to_save -> path of the module.
 SAVED_MODULES = {"embeddings": "model.embeddings", "lm_head": "lm_head"}
+# What recipes for other models name.
+_ABSENT = {
+    "gate_proj": "experts and MLPs have no gate here (relu squared): up_proj and down_proj are all there is",
+    "gate_up_proj": "experts have no gate here (relu squared), and up_proj of its own",
+    "qkv_proj": "attention has q_proj, k_proj and v_proj here",
+    "x_proj": "Mamba-2 makes all of its inputs in in_proj",
+    "dt_proj": "Mamba-2 makes all of its inputs in in_proj",
+}
 _LETTERS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 _SIZES = {
     "linear_attention": ("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"),
@@ -150,7 +158,8 @@ def _matches(key: str, patterns: Iterable[str], paths: Iterable[str]) -> set[str
             expression = _compiled(key, pattern, pattern)
             hits = {path for path in paths if expression.fullmatch(path)}
         if not hits:
-            raise ConfigError(f"{key}: {pattern!r} matches nothing in this model; {_near(pattern, paths)}")
+            told = _ABSENT.get(pattern.rsplit(".", 1)[-1]) or _near(pattern, paths)
+            raise ConfigError(f"{key}: {pattern!r} matches nothing in this model; {told}")
         found |= hits
     return found
 

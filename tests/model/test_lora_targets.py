@@ -49,7 +49,8 @@ def test_a_path_and_an_expression_match_a_part():
             {"lora_target_modules": ("q_porj",)},
             "'q_porj' matches nothing in this model; did you mean .*q_proj",
         ),
-        ({"lora_target_modules": ("gate_proj",)}, "'gate_proj' matches nothing"),
+        ({"lora_target_modules": ("gate_proj",)}, "'gate_proj' matches nothing.*no gate"),
+        ({"lora_target_modules": ("mixer.x_proj",)}, "matches nothing.*in_proj"),
         ({"lora_target_modules": ("fc1_latent_proj",)}, "matches nothing"),
         (
             {"lora_target_modules": ("lm_head",)},
@@ -61,7 +62,7 @@ def test_a_path_and_an_expression_match_a_part():
             {"lora_target_linear": True, "lora_modules_to_save": ("gate",)},
             "'gate' cannot be trained whole beside a LoRA; there are embeddings, lm_head",
         ),
-        ({"lora_target_parameters": ("experts.gate_up_proj",)}, "matches nothing.*experts.up_proj"),
+        ({"lora_target_parameters": ("experts.gate_up_proj",)}, "matches nothing.*no gate.*up_proj"),
         (
             {"lora_target_modules": ("conv1d",)},
             "conv1d cannot carry LoRA: the Mamba-2 kernels read its weight",
