@@ -75,10 +75,10 @@ class ModelSection(Section):
     )
     tf32: Bool = Field(False, description="Let float32 matrix products use TF32 on a GPU.")
     gradient_checkpointing: Bool | Literal["auto"] = Field(
-        False,
-        description="Recompute activations block by block in the backward pass (non-reentrant): in all "
-        "blocks, in none, or `auto`: in those whose activations do not fit into the GPU's memory, which is "
-        "measured at the start (on a CPU in none).",
+        "auto",
+        description="Recompute activations block by block in the backward pass (non-reentrant): `auto` in "
+        "those blocks whose activations do not fit into the GPU's memory, which is measured at the start "
+        "(on a CPU in none), `true` in all, `false` in none.",
     )
 
 
@@ -402,7 +402,7 @@ class TrainSection(Section):
     adam_beta2: Fraction = Field(0.999, description="AdamW's decay of the mean of squared gradients.")
     adam_epsilon: Positive = Field(1e-8, description="AdamW's epsilon.")
     cuda_graphs: Bool = Field(
-        False,
+        True,
         description="Record the forward and backward passes of a step as CUDA graphs and replay them, on a "
         "GPU that holds the whole model and without `lora_dropout`; elsewhere they run as they are.",
     )

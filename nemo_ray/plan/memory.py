@@ -127,7 +127,8 @@ def estimate_memory(
         tokens = config.micro_batch_size * config.sequence_len
     kinds = block_types(model)
     backward = max(backward_width(model, kind) for kind in set(kinds))
-    if config.gradient_checkpointing:  # auto keeps more, but only what is left
+    auto = config.gradient_checkpointing == "auto"  # keeps more on a GPU, but only what is left
+    if use_gpu if auto else config.gradient_checkpointing:
         kept = (len(kinds) + 1) * model["hidden_size"] + max(kept_width(model, kind) for kind in set(kinds))
     else:
         kept = sum(kept_width(model, kind) for kind in kinds)

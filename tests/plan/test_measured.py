@@ -20,7 +20,7 @@ FOUR_BIT = {"adapter": "qlora", "load_in_4bit": True, "quantize_moe_experts": Tr
 
 
 def config(model: str, tokens: int, modules: tuple[str, ...], experts: bool, **keys: object) -> Config:
-    defaults = {"adapter": "lora", "lora_r": 16, "gradient_checkpointing": True, "micro_batch_size": 1}
+    defaults = {"adapter": "lora", "lora_r": 16, "gradient_checkpointing": True, "cuda_graphs": False}
     return Config(
         base_model=model,
         datasets=[{"path": "y"}],
