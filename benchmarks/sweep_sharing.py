@@ -90,6 +90,8 @@ def main() -> int:
         for share in (arguments.at_a_time, 1):
             result[f"{share}"] = sweep(keys, share, folder, f"sweep-{share}", arguments.trials)
             print(f"{share} at a time: {result[f'{share}']['wall_s']:.1f} s", flush=True)
+            if arguments.out:
+                arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     shared, alone = result[f"{arguments.at_a_time}"], result["1"]
     result["gain"] = alone["wall_s"] / shared["wall_s"]
     print(json.dumps(result, indent=2))
