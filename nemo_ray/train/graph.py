@@ -86,7 +86,8 @@ class GraphedPasses:
         self._loss_sum = torch.zeros((), device=device)
         self._replays: dict[Sizes, Run] = {}
         for parameter in parameters.values():
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def __call__(self, micro: MicroBatch, scale: float) -> None:
         """Add `scale` times a micro-batch's gradients to the parameters', and its loss to the sum.

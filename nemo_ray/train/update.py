@@ -58,6 +58,7 @@ class Update:
 
     def __init__(self, trainee: Trainee, train: TrainSection) -> None:
         self.trainee, self.train = trainee, train
+        trainee.parallel.hold_gradients(trainee.parameters.values())
         self.graphs: GraphedPasses | None = None
         # FSDP2's hooks talk to other workers; what is drawn at random must be drawn again when recomputed.
         recordable = not trainee.parallel.sharded and not trainee.model.draws_numbers
@@ -88,9 +89,8 @@ class Update:
         trainee = self.trainee
         loss_sum = self._passes(packs, trainee.parallel.loss_scale / max(1, num_targets))
         trainee.parallel.sum_over_workers(loss_sum)
-        parameters = list(trainee.parameters.values())
-        trainee.parallel.sync_gradients(parameters)
-        grad_norm = clip_gradients(parameters, self.train.max_grad_norm)
+        trainee.parallel.sync_gradients()
+        grad_norm = clip_gradients(list(trainee.parameters.values()), self.train.max_grad_norm)
         for group in trainee.optimizer.param_groups:
             group["lr"] = rate
         finite = torch.isfinite(loss_sum) & torch.isfinite(grad_norm)
@@ -116,7 +116,7 @@ class Update:
         return loss_sum
 
     def _zero_gradients(self) -> None:
-        if self.graphs is not None:
-            self.graphs.zero_gradients()
+        if self.graphs is not None or self.trainee.parallel.sums_gradients:  # they stay where they are
+            torch._foreach_zero_([parameter.grad for parameter in self.trainee.parameters.values()])
         else:
             self.trainee.optimizer.zero_grad(set_to_none=True)

@@ -17,7 +17,6 @@ from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
-from nemo_ray.train import parallelize as parallelize_module
 from nemo_ray.train.loss import IGNORED, bind_loss, next_token_targets
 from nemo_ray.train.optim import clip_gradients, make_optimizer
 from nemo_ray.train.parallelize import Layout, parallelize
@@ -84,6 +83,7 @@ def train(layout: Layout, rank: int, case: Case, checkpointing: bool) -> tuple[n
     parameters = list(named.values())
     section = TrainSection(learning_rate=0.03, optimizer=case.optimizer)
     optimizer = make_optimizer(named, section, rank, world)
+    parallel.hold_gradients(parameters)
     figures = []
     for _ in range(NUM_STEPS):
         batches = micro_batches()
@@ -97,10 +97,13 @@ def train(layout: Layout, rank: int, case: Case, checkpointing: bool) -> tuple[n
             loss_sum += loss.detach()
         if world > 1:
             dist.all_reduce(loss_sum)
-        parallel.sync_gradients(parameters)
+        parallel.sync_gradients()
         figures += [float(loss_sum) / num_targets, float(clip_gradients(parameters, 1.0))]
         optimizer.step_unless(torch.zeros(()))
-        optimizer.zero_grad()
+        if parallel.sums_gradients:
+            torch._foreach_zero_([parameter.grad for parameter in parameters])
+        else:
+            optimizer.zero_grad()
     return model, figures
 
 
@@ -110,7 +113,6 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def compare_layouts(rank: int, folder: str, name: str) -> None:
     case = CASES[name]
-    parallelize_module.ALONE_BYTES = 2048  # some gradients are summed where they lie, some together
     reference, expected = train(Layout(1, 1), 0, case, checkpointing=False)
     assert expected[-2] < 0.95 * expected[0], expected
     for layout in (Layout(1, 4), Layout(2, 2), Layout(4, 1)):
