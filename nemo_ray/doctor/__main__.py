@@ -23,6 +23,7 @@ examples:
 exit codes: 0 all is well, 1 there are errors, 2 the configuration is wrong, 3 there are warnings only
 """
 EXIT_CODES = {OK: 0, ERROR: 1, WARNING: 3}
+SUBJECT_WIDTH = 15
 Section = tuple[str, list[Finding]]
 
 
@@ -52,9 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: dict[str, list[Finding]] = {}
     try:
         for place, findings in examine(given, os.environ):
-            found[place] = findings
             if not given.json:
-                print("\n".join(words(place, findings)), flush=True)
+                heading = [] if place in found else [*([""] if found else []), place]
+                print("\n".join([*heading, *words(findings)]), flush=True)
+            found.setdefault(place, []).extend(findings)
     except NemoRayError as refused:
         return tell(refused)
     if given.json:
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def examine(given: argparse.Namespace, environ: Mapping[str, str]) -> Iterator[Section]:
-    """Place by place. Raises: ConfigError"""
+    """Place by place, each in one part or more. Raises: ConfigError"""
     from nemo_ray.doctor import inputs, machine
     from nemo_ray.session import address_to_join
     from nemo_ray.train.resources import cpus_here, gpus_here
@@ -73,11 +75,12 @@ def examine(given: argparse.Namespace, environ: Mapping[str, str]) -> Iterator[S
     section = config.ray if config else RaySection()
     address = given.address or address_to_join(section, environ)
     on_disk = {key: folder for key, folder in folders.items() if "://" not in folder}
-    here = machine.examine({} if address else on_disk)
+    here = f"this machine, {socket.gethostname()}"
+    for finding in machine.examine({} if address else on_disk, computes=not address):
+        yield here, [finding]
     if not address:
         own = {"CPU": float(cpus_here()), "GPU": float(gpus_here(environ))}
-        here += [*between_processes(), *judge_demand(config, [own], connected=False)]
-    yield f"this machine, {socket.gethostname()}", here
+        yield here, [*between_processes(), *judge_demand(config, [own], connected=False)]
     if config is not None:
         yield "the configuration", inputs.examine(config, environ)
     if address:
@@ -153,15 +156,14 @@ def judge_demand(
     return [ok("workers", f"{wanted.num_workers} with {each} each have room")]
 
 
-def words(place: str, findings: Sequence[Finding]) -> list[str]:
-    """A place as the terminal shows it."""
-    width = max(len(one.subject) for one in findings)
-    lines = [place]
+def words(findings: Sequence[Finding]) -> list[str]:
+    """Lines of a place as the terminal shows them."""
+    lines = []
     for one in findings:
-        lines.append(visible(f"  {one.state:<8} {one.subject:<{width}}  {one.says}"))
+        lines.append(visible(f"  {one.state:<8} {one.subject:<{SUBJECT_WIDTH}}  {one.says}"))
         if one.remedy:
-            lines.append(visible(f"  {'':<8} {'':<{width}}  -> {one.remedy}"))
-    return [*lines, ""]
+            lines.append(visible(f"  {'':<8} {'':<{SUBJECT_WIDTH}}  -> {one.remedy}"))
+    return lines
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Probe:
 
     def examine(self, folders: Mapping[str, str]) -> list[Finding]:
         """What machine.py says of it."""
-        return machine.examine(folders)
+        return list(machine.examine(folders))
 
     def time(self) -> float:
         """Its clock."""

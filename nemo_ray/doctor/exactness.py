@@ -1,6 +1,10 @@
 """Does the patched model compute what it should on a device? A model of every kind of block, in a second."""
 
+import contextlib
+import math
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import NemotronHConfig
@@ -49,13 +53,38 @@ def measure(device: torch.device) -> float:
     (reference, _), (model, targets) = _model(cpu), _model(device)
     model.load_state_dict(reference.state_dict())
     ids = random_ids(SHAPE["vocab_size"], LENGTHS)
-    with torch.no_grad():
-        expected, found = (
-            one.eval().packed_logits(PackedBatch.from_lengths(ids.to(place), [list(LENGTHS)])).float().cpu()
-            for one, place in ((reference, cpu), (model, device))
-        )
-    self_test(model, targets, device, torch.float32)
+    with untuned() if device.type == "cuda" else contextlib.nullcontext():
+        with torch.no_grad():
+            expected, found = (
+                one.eval()
+                .packed_logits(PackedBatch.from_lengths(ids.to(place), [list(LENGTHS)]))
+                .float()
+                .cpu()
+                for one, place in ((reference, cpu), (model, device))
+            )
+        self_test(model, targets, device, torch.float32)
     return float((found - expected).abs().max() / expected.std())
+
+
+@contextlib.contextmanager
+def untuned() -> Iterator[None]:
+    """Let Triton's kernels take their smallest tiles: to compile and time all takes minutes, which only a run
+    is worth."""
+    from triton.runtime.autotuner import Autotuner, Config
+
+    prune = Autotuner.prune_configs
+
+    def size(config: Config) -> int:
+        return config.num_stages * math.prod(v for v in config.kwargs.values() if isinstance(v, int))
+
+    def smallest(tuner: Autotuner, keys: dict[str, Any]) -> list[Config]:
+        return [min(prune(tuner, keys), key=size)]
+
+    Autotuner.prune_configs = smallest
+    try:
+        yield
+    finally:
+        Autotuner.prune_configs = prune
 
 
 def _model(device: torch.device) -> tuple[torch.nn.Module, LoraTargets | None]:

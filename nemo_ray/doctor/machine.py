@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,18 +47,19 @@ class Torch(NamedTuple):
     available: bool
 
 
-def examine(folders: Mapping[str, str]) -> list[Finding]:
-    """Look at this machine. `folders`: by the key that names them, those that lie on its disks."""
-    installed = installed_versions()
+def examine(folders: Mapping[str, str], computes: bool = True) -> Iterator[Finding]:
+    """Look at this machine. `folders`: by the key that names them, those that lie on its disks. `computes`:
+    whether models are to run in this process."""
+    yield judge_versions(installed_versions(), requirements())
+    yield judge_shared_memory(shared_memory_bytes())
+    for key, folder in {"temporary files": tempfile.gettempdir(), **folders}.items():
+        yield judge_disk(key, folder)
     gpus, torch_here = find_gpus(), find_torch()
-    found = [
-        judge_versions(installed, requirements()),
-        *judge_gpus(gpus, torch_here),
-        *judge_arithmetic(bool(gpus) and torch_here.available),
-        judge_shared_memory(shared_memory_bytes()),
-    ]
-    places = {"temporary files": tempfile.gettempdir(), **folders}
-    return [*found, *(judge_disk(key, folder) for key, folder in places.items())]
+    yield from judge_gpus(gpus, torch_here)
+    if computes:
+        yield from judge_arithmetic(
+            bool(gpus) and torch_here.available
+        )  # last: it may compile kernels
 
 
 # -- packages -------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def well(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which all is well, at once."""
-    monkeypatch.setattr(machine, "examine", lambda folders: [ok("versions", "all of them")])
+    monkeypatch.setattr(machine, "examine", lambda folders, computes: [ok("versions", "all of them")])
 
 
 def write(tmp_path: Path, base: Path, **keys: Any) -> str:
@@ -77,7 +77,9 @@ def test_workers_that_have_no_room(base: Path, tmp_path: Path, capsys: pytest.Ca
 def test_a_warning_has_an_exit_code_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(machine, "examine", lambda folders: [warning("disk", "full \x1b[31m", "make room")])
+    monkeypatch.setattr(
+        machine, "examine", lambda folders, computes: [warning("disk", "full \x1b[31m", "make room")]
+    )
     assert main(["doctor"]) == 3
     shown = capsys.readouterr().out
     assert "-> make room" in shown and "\x1b" not in shown
