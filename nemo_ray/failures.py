@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 from nemo_ray.errors import ClusterError, NemoRayError
+from nemo_ray.urls import redact
 from nemo_ray.visible import visible
 
 _LINE_CHARACTERS = 400
@@ -77,7 +78,7 @@ def one_line(error: BaseException) -> str:
     """One line for the user: our own message, else type and first line."""
     cause = root_cause(error)
     if isinstance(cause, NemoRayError):
-        return visible(str(cause))
+        return visible(redact(str(cause)))
     lines = [line.strip() for line in _ANSI.sub("", str(cause)).splitlines() if line.strip()]
     first = lines[0] if lines else ""
     if "creation task" in first:  # Ray ends its message with what it met there
@@ -86,4 +87,5 @@ def one_line(error: BaseException) -> str:
         first = f"a training worker was lost (killed, or out of memory): {first}"
     else:
         first = f"{type(cause).__name__}: {first}" if first else type(cause).__name__
+    first = redact(first)
     return first if len(first) <= _LINE_CHARACTERS else first[:_LINE_CHARACTERS] + "..."

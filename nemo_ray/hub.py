@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from nemo_ray.bare import is_bare
 from nemo_ray.config.checks import is_hub_dataset, is_hub_id, model_folder_errors
 from nemo_ray.config.schema import Config, ModelSection
 from nemo_ray.errors import CheckpointError, ConfigError
@@ -175,6 +176,9 @@ def _indexed(folder: Path) -> set[str] | None:
         names = set()
     if not names:
         raise RefusedError(f"base_model: {path} is no index of weights; name a model with a complete one")
+    for name in names:
+        if not is_bare(name) or not name.endswith(".safetensors"):
+            raise RefusedError(f"base_model: {path} names {name!r}, which is no safetensors file beside it")
     return names
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nemo_ray.errors import NemoRayError
+from nemo_ray.urls import redact
 
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
@@ -264,7 +265,7 @@ def explained(repository: Repository, revision: str, failure: type[NemoRayError]
     except RefusedError as error:
         raise failure(str(error)) from None
     except Exception as error:
-        raise failure(_line(error, repository, revision)) from error
+        raise failure(redact(_line(error, repository, revision))) from error
 
 
 def _line(error: Exception, repository: Repository, revision: str) -> str:

@@ -189,7 +189,7 @@ def _diagnose(text: str, location: Location) -> tuple[bool, str]:
         return False, f"bucket {location.container} is in another region; set AWS_REGION"
     if says(_NOT_REACHED):
         where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        host = f"{where} (AWS_ENDPOINT_URL)" if location.scheme == "s3" and where else "its host"
+        host = f"{redact(where)} (AWS_ENDPOINT_URL)" if location.scheme == "s3" and where else "its host"
         return True, f"{host} cannot be reached; is the address right, and the network up?"
     return True, f"{_short(text)}; it may pass: start again later"
 

@@ -4,7 +4,9 @@ What is drawn and said on them is the callers' business.
 """
 
 from collections.abc import Sequence
+from html import escape
 from importlib.resources import files
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.io import to_html
@@ -67,8 +69,21 @@ def thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return list(points[::-1][::every][::-1])
 
 
+def _as_words(value: Any) -> Any:
+    """Text as Plotly has to be given it, which reads markup in it: links too."""
+    if isinstance(value, str):
+        return escape(value, quote=False)
+    return [_as_words(one) for one in value] if isinstance(value, tuple | list) else value
+
+
 def chart(figure: go.Figure) -> str:
     """Markup of one chart, as wide as the page."""
+    for trace in figure.data:
+        trace.update({key: _as_words(trace[key]) for key in ("name", "text", "x", "y")})
+    for note in figure.layout.annotations:
+        note.update({key: _as_words(note[key]) for key in ("text", "x", "y")})
+    for axis in (figure.layout.xaxis, figure.layout.yaxis):
+        axis.title.text = _as_words(axis.title.text)
     figure.update_layout(
         template="plotly_white",
         margin={"l": 60, "r": 20, "t": 40, "b": 50},

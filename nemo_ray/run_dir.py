@@ -33,6 +33,7 @@ from typing import Any, BinaryIO, Protocol
 from nemo_ray.attempts import Attempt
 from nemo_ray.jsonl import append_row, encode_row, read_rows
 from nemo_ray.storage import publish_bytes, publish_json, read_json, remove_tree
+from nemo_ray.urls import redact
 
 PREPARED_NAME = "prepared"
 STATE_NAME = "state.json"
@@ -343,7 +344,7 @@ class RunDir:
     def append_error(self, who: str, text: str) -> None:
         """Append a traceback to error.log; a disk that does not take it hides nothing else."""
         with contextlib.suppress(OSError), open(self.error_file, "a", encoding="utf-8") as file:
-            file.write(f"--- {who}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n{text.rstrip()}\n\n")
+            file.write(f"--- {who}, {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n{redact(text).rstrip()}\n\n")
 
     # -- batches that were skipped ----------------------------------------------------------------
 

@@ -23,6 +23,8 @@ CONNECT_WITHIN_S = 20.0
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """In which Ray 2.60 hands the metadata and runtime_env of a submitted job to its driver."""
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
+_CLUSTERS: list[bool] = []
+"""Ray's own setting before `start_local` changed it."""
 _TOKEN: list[str] = []
 """That of this process's own Rays, from the first on."""
 # What Ray 2.60 does otherwise, in a process that reads it:
@@ -86,7 +88,11 @@ def start_local(
         _TOKEN[:] = _TOKEN or [secrets.token_hex(32)]
         environment.add({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN[0]})
     import ray
+    from ray._private import ray_constants
 
+    # The same for a process that had imported Ray already: it is read then. Put back by `shutdown`.
+    _CLUSTERS.append(ray_constants.ENABLE_RAY_CLUSTER)
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         ray.init(
             address="local",
@@ -197,3 +203,8 @@ def shutdown() -> None:
 
         if ray.is_initialized():
             ray.shutdown()
+        if _CLUSTERS:
+            from ray._private import ray_constants
+
+            ray_constants.ENABLE_RAY_CLUSTER = _CLUSTERS[0]
+            _CLUSTERS.clear()

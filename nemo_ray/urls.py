@@ -59,8 +59,10 @@ class Location(NamedTuple):
 
 def redact(text: str) -> str:
     """`text` without what stands before the @ of a URL, or after its ?."""
+    text = re.sub(r"\b(s3|gs|gcs)://[^/@\s]*:[^@\s]*@", r"\1://***@", text)  # AWS's keys may have a / in them
     text = re.sub(r"(\w+://)[^/@\s]*:[^/@\s]*@", r"\1***@", text)
-    text = re.sub(rf"(s3|gs|gcs)://(?!{ANONYMOUS}@)[^/@\s]+@", r"\1://***@", text)
+    text = re.sub(rf"\b(s3|gs|gcs)://(?!{ANONYMOUS}@)[^/@\s]+@", r"\1://***@", text)
+    text = re.sub(r"\b(https?://)[^/@\s]+@", r"\1***@", text)
     return re.sub(r"(\w+://[^\s?]*)\?[^/\s]*=\S*", r"\1?***", text)
 
 
@@ -72,7 +74,7 @@ def url_problem(url: str) -> str | None:
     if name not in _SCHEMES:
         return "is not an object store's; give s3://BUCKET/..., gs://BUCKET/... or abfs://CONTAINER/..."
     scheme = _SCHEMES[name]
-    if ":" in user or (at and scheme != "abfs" and user != ANONYMOUS):
+    if ":" in user or (":" in authority and "@" in rest) or (at and scheme != "abfs" and user != ANONYMOUS):
         return (
             "holds credentials, which would be written to logs and run.json; remove them from the URL and "
             f"set {credential_variables(scheme)}"

@@ -6,6 +6,7 @@ Each function returns one line per problem, with key, value, rule and remedy; it
 from collections.abc import Iterator
 
 from nemo_ray.config.schema import Config
+from nemo_ray.urls import redact
 
 _WANDB_KEYS = ("wandb_entity", "wandb_name", "wandb_run_id", "wandb_mode")
 _MLFLOW_KEYS = ("mlflow_tracking_uri", "mlflow_run_name")
@@ -43,6 +44,12 @@ def tracker_rules(config: Config) -> Iterator[str]:
     """What a tracker lacks."""
     if config.use_wandb and config.wandb_project is None:
         yield "use_wandb: true needs a project; give wandb_project"
+    uri = config.mlflow_tracking_uri
+    if uri is not None and redact(uri) != uri:
+        yield (
+            f"mlflow_tracking_uri: {redact(uri)} holds credentials, which would be written to run.json; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        )
 
 
 def tracker_notices(config: Config) -> Iterator[str]:

@@ -1,12 +1,16 @@
 """The known name that an unknown key was probably meant to be."""
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from nemo_ray.config.axolotl import FOREIGN_IN_DATASETS, RENAMED, RENAMED_IN_DATASETS, lookup
 from nemo_ray.config.axolotl_keys import FOREIGN
 from nemo_ray.config.schema import Config, DatasetSpec, RaySection
 from nemo_ray.config.translate import DATASET_KEYS, FOLDED_KEYS, show
+
+_SECRET = re.compile(r"token$|key$|secret|passw|credential", re.IGNORECASE)
+"""Names of keys whose values are not repeated."""
 
 
 def dotted(place: Sequence[str | int]) -> str:
@@ -19,7 +23,8 @@ def unknown_key(place: tuple[str | int, ...], value: object) -> str:
     """The line for a key that nobody knows, at `place` (such as `("datasets", 0, "fild")`)."""
     key, best = dotted(place), nearest(place)
     advice = f"did you mean {best}?" if best else "remove it (docs/config.md lists the keys)"
-    return f"{key}: {show(value)}: unknown key; {advice}"
+    shown = "" if _SECRET.search(str(place[-1])) else f" {show(value)}:"
+    return f"{key}:{shown} unknown key; {advice}"
 
 
 def nearest(place: tuple[str | int, ...]) -> str | None:

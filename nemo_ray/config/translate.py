@@ -21,6 +21,7 @@ from nemo_ray.config.axolotl import (
 )
 from nemo_ray.config.axolotl_keys import FOREIGN
 from nemo_ray.config.dataset_folds import fold_pretraining, fold_type
+from nemo_ray.urls import redact
 
 Raw = dict[str, Any]
 DATASET_KEYS = ("datasets", "test_datasets")
@@ -39,7 +40,7 @@ class Findings:
 def show(value: Any) -> str:
     """A value as the YAML may have it, short enough for one line."""
     text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
-    text = " ".join(text.split())
+    text = redact(" ".join(text.split()))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -85,18 +85,25 @@ def _chosen(
     raise ConfigError(f"{key}.name: missing; {where} has the configurations {', '.join(configs)}")
 
 
+def _require_inside(text: str, where: str) -> None:
+    """A pattern or folder of a card: below its own folder, and of no other file system."""
+    if ":" in text or text.startswith(("/", "~")) or ".." in PurePosixPath(text).parts:
+        raise ConfigError(f"{where} names files elsewhere ({text}), which are not read")
+
+
 def _resolve(root: Path, entry: Mapping[str, Any], where: str) -> dict[str, list[str]]:
     from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern, sanitize_patterns
 
-    base = root / str(entry.get("data_dir") or "")
+    folder = str(entry.get("data_dir") or "")
+    _require_inside(folder, where)
+    base = root / folder
     try:
         given = entry.get("data_files")
         patterns = sanitize_patterns(given) if given else get_data_patterns(str(base))
         found: dict[str, list[str]] = {}
         for split, texts in patterns.items():
             for text in texts:
-                if "://" in text or text.startswith("/") or ".." in PurePosixPath(text).parts:
-                    raise ConfigError(f"{where} names files elsewhere ({text}), which are not read")
+                _require_inside(text, where)
                 try:
                     paths = resolve_pattern(text, str(base))
                 except FileNotFoundError:

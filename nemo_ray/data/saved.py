@@ -1,8 +1,10 @@
 """Folders that `datasets` wrote with `save_to_disk`: which files, in which order. Does not import it."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
+from nemo_ray.bare import is_bare
 from nemo_ray.config.schema import DatasetSpec
 from nemo_ray.data.listing import NamedFile
 from nemo_ray.data.splits import Split, choose_split
@@ -21,12 +23,22 @@ def saved_files(
     prefix = f"{folder.rsplit('/', 1)[-1]}/"
     if file_facts(f"{folder}/{_OF_SPLITS}") is not None:
         splits = _read(f"{folder}/{_OF_SPLITS}", key, "splits")
+        _require_bare(splits, folder, key)
         name = choose_split(splits, split, key, spec.path, evaluating)
         folder, prefix = f"{folder}/{name}", f"{prefix}{name}/"
     elif file_facts(f"{folder}/{_STATE}") is None:
         return None
-    files = _read(f"{folder}/{_STATE}", key, "_data_files")
-    return [NamedFile(f"{folder}/{file['filename']}", prefix + file["filename"], "arrow") for file in files]
+    names = [file["filename"] for file in _read(f"{folder}/{_STATE}", key, "_data_files")]
+    _require_bare(names, folder, key)
+    return [NamedFile(f"{folder}/{name}", prefix + name, "arrow") for name in names]
+
+
+def _require_bare(names: Iterable[object], folder: str, key: str) -> None:
+    for name in names:
+        if not is_bare(name):
+            raise ConfigError(
+                f"{key}.path: {folder} names {name!r}, which is no name of its own; save it again"
+            )
 
 
 def _read(path: str, key: str, field: str) -> Any:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, NemotronHConfig
+from transformers import NemotronHConfig
 
 from nemo_ray.errors import CheckpointError, ConfigError
 from nemo_ray.export.shards import read_shard
@@ -19,6 +19,7 @@ from nemo_ray.export.sides import Logits, Say, Setting, our_logits, plain_logits
 from nemo_ray.model import keys
 from nemo_ray.model.adapter_reader import AdapterFiles
 from nemo_ray.model.load import Checkpoint, read_model_config
+from nemo_ray.model.prompt import read_tokenizer
 
 # (difference of half of the tokens in standard deviations, mean KL in nats). Not the largest difference:
 # where two experts' scores tie to the last bits, two right implementations pick different ones, which moves
@@ -173,7 +174,7 @@ def _prompts(config: NemotronHConfig, folders: list[Path]) -> list[torch.Tensor]
     prompts = list(torch.randint(0, config.vocab_size, shape, generator=generator))
     for folder in folders:
         if (folder / "tokenizer.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer = read_tokenizer(folder)
             if tokenizer.chat_template is not None:
                 chat = tokenizer.apply_chat_template(_CHAT, add_generation_prompt=True, return_dict=False)
                 prompts.append(torch.tensor(chat))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
+from nemo_ray.bare import is_bare
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.errors import CheckpointError, ConfigError
 from nemo_ray.model import keys
@@ -124,6 +125,11 @@ class Checkpoint:
                 weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"base_model: {index} is no index of weights: {error!r}") from None
+            for name in weight_map.values():
+                if not is_bare(name) or not name.endswith(".safetensors"):
+                    raise CheckpointError(
+                        f"base_model: {index} names {name!r}, no safetensors file beside it"
+                    )
             self.files = {key: self.folder / name for key, name in weight_map.items()}
         elif single.exists():
             self.files = dict.fromkeys(self._file(single).keys(), single)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_ray.config.checks import is_hub_id, model_folder_errors
-from nemo_ray.errors import ConfigError
+from nemo_ray.errors import CheckpointError, ConfigError
 from nemo_ray.hub import is_reference, local_folder
 from nemo_ray.run_dir import RunDir
 from nemo_ray.stored_run import fetch_result
@@ -143,15 +143,23 @@ def prompt_ids(tokenizer: Any, prompt: str, system: str | None, raw: bool) -> li
         raise ConfigError(f"PROMPT: the chat template refuses it: {error}") from None
 
 
-def load_tokenizer(folders: Sequence[Path]) -> Any:
-    """The tokenizer of the first of `folders` that has one: a run leaves its own beside the adapter."""
+def read_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder, with transformers' code only. Raises: CheckpointError"""
     from transformers import AutoTokenizer
 
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"the tokenizer of {folder} cannot be read: {reason}") from None
+
+
+def load_tokenizer(folders: Sequence[Path]) -> Any:
+    """The tokenizer of the first of `folders` that has one: a run leaves its own beside the adapter."""
     for folder in folders:
         if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
             try:
-                return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            except Exception as error:  # transformers and tokenizers raise many kinds
-                reason = str(error).strip().partition("\n")[0]
-                raise ConfigError(f"--model: the tokenizer of {folder} cannot be read: {reason}") from None
+                return read_tokenizer(folder)
+            except CheckpointError as error:
+                raise ConfigError(f"--model: {error}") from None
     raise ConfigError(f"--model: {folders[-1]} holds no tokenizer.json")

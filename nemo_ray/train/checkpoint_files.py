@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from nemo_ray.bare import is_bare
 from nemo_ray.errors import CheckpointError, StorageError
 from nemo_ray.storage import file_facts, is_url, join, open_ranges, publish_blocks, read_json
 
@@ -237,6 +238,7 @@ class Reader(StorageReader):
     def __init__(self, folder: Path | str) -> None:
         self.folder = str(folder)
         self._files: dict[tuple[str, tuple[int, ...]], str] = {}
+        self._listed: frozenset[str] = frozenset()
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
         """What is there. Raises CheckpointError."""
@@ -244,6 +246,10 @@ class Reader(StorageReader):
         for name, entry in self._index().items():
             chunks = []
             for part in entry["parts"]:
+                if part["file"] not in self._listed:
+                    raise CheckpointError(
+                        f"{self.folder}: {name} lies in {part['file']}, no file of this one"
+                    )
                 self._files[name, tuple(part["offsets"])] = part["file"]
                 sizes = torch.Size(part["offsets"]), torch.Size(part["shape"])
                 chunks.append(dcp.ChunkStorageMetadata(*sizes))
@@ -254,7 +260,11 @@ class Reader(StorageReader):
     def _index(self) -> dict[str, Any]:
         path = join(self.folder, STATE_NAME)
         try:
-            (name,) = (name for name in read_json(path)["files"] if not name.endswith(_TENSORS_SUFFIX))
+            self._listed = frozenset(read_json(path)["files"])
+            for name in self._listed:
+                if not is_bare(name):
+                    raise CheckpointError(f"{path} names {name!r}, which is no file beside it")
+            (name,) = (name for name in self._listed if not name.endswith(_TENSORS_SUFFIX))
             path = join(self.folder, name)
             found: dict[str, Any] = read_json(path)
         except KeyError:
@@ -406,6 +416,8 @@ def damage(folder: Path | str, part: int, parts: int) -> str | None:
     try:
         files = read_json(join(str(folder), name))["files"]
         for name in sorted(files)[part::parts]:
+            if not is_bare(name):
+                return f"{STATE_NAME} names {name!r}, which is no file beside it"
             path, wanted = join(str(folder), name), FileFacts(files[name]["bytes"], files[name]["xxh3"])
             facts = file_facts(path)
             if facts is None:

@@ -26,6 +26,7 @@ from nemo_ray.model.adapter import load_adapter, save_adapter
 from nemo_ray.model.decode import generate_tokens
 from nemo_ray.model.load import Precision, build, count_parameters, fill, read_model_config
 from nemo_ray.model.lora import LoraTargets
+from nemo_ray.model.prompt import read_tokenizer
 from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
 from nemo_ray.model.ssd import missing_kernels
@@ -322,10 +323,8 @@ def complete_prompts(trainer: Trainer, config: Config, base: str, stage: str, st
         row["stage"] == stage and row["step"] == step for row in trainer.run_dir.read_completions()
     ):
         return
-    from transformers import AutoTokenizer
-
     trainer.write_progress("completing", now=True)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = read_tokenizer(base)
     model, eos = trainer.trainee.model.eval(), frozenset({tokenizer.eos_token_id})
     for prompt in config.completion_prompts:
         ids = prompt_ids(tokenizer, prompt, config)
