@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart lint unit test test-long soak clean
+.PHONY: install quickstart lint unit test test-long soak docs clean
 
 install: $(VENV)/.installed
 
@@ -37,5 +37,8 @@ test-long: $(VENV)/.installed-dev
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -s -m soak
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build
+
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) outputs site
