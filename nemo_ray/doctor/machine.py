@@ -57,9 +57,7 @@ def examine(folders: Mapping[str, str], computes: bool = True) -> Iterator[Findi
     gpus, torch_here = find_gpus(), find_torch()
     yield from judge_gpus(gpus, torch_here)
     if computes:
-        yield from judge_arithmetic(
-            bool(gpus) and torch_here.available
-        )  # last: it may compile kernels
+        yield from judge_arithmetic(bool(gpus) and torch_here.available)  # last: it may compile kernels
 
 
 # -- packages -------------------------------------------------------------------------------------
