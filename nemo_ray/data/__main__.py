@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--show", type=_whole, metavar="N", help="print N examples of each dataset, and prepare nothing"
     )
+    parser.add_argument("--verbose", action="store_true", help="print what Ray logs")
     options = parser.parse_intermixed_args(arguments)
     console = Console(highlight=False)
     plan: DataPlan | None = None
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 show_probes(plan, probes, console)
                 write_page(plan, config, probes, console)
             else:
-                prepare_ahead(plan, config, console, interrupts)
+                prepare_ahead(plan, config, console, interrupts, options.verbose)
         except NemoRayError as error:
             return tell(error)
         except KeyboardInterrupt:

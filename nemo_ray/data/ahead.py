@@ -45,12 +45,14 @@ def prepared_directory(config: Config) -> str:
     return prepared_place(config.output_dir)
 
 
-def prepare_ahead(plan: DataPlan, config: Config, console: Console, interrupts: Interrupts) -> None:
+def prepare_ahead(
+    plan: DataPlan, config: Config, console: Console, interrupts: Interrupts, verbose: bool = False
+) -> None:
     """Make the shards that are missing, and say what all of them hold."""
     windows = f"{len(plan.windows) + len(plan.eval_windows):,} windows"
     say(f"{windows} -> {plan.directory}", console)
     started = time.monotonic()
-    made = prepare_missing(plan, config, console, interrupts)
+    made = prepare_missing(plan, config, console, interrupts, verbose)
     elapsed_s = time.monotonic() - started
     for line in describe(data_statistics(plan)):
         say(line, console)

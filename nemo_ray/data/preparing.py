@@ -90,7 +90,7 @@ class Interrupts:
 
 
 def prepare_missing(
-    plan: DataPlan, config: Config, console: Console, interrupts: Interrupts
+    plan: DataPlan, config: Config, console: Console, interrupts: Interrupts, verbose: bool = False
 ) -> Prepared | None:
     """Make the shards that are missing, and judge all; None where none was missing, and Ray was not needed.
 
@@ -106,7 +106,7 @@ def prepare_missing(
     require_writable(plan)
     with PrepareDisplay(console) as display:
         display.draw()
-        with _ray(config, plan.directory, interrupts):
+        with _ray(config, plan.directory, interrupts, verbose):
             pipeline = _Pipeline(plan, config, display)
             try:
                 while not pipeline.wait(_REPAINT_S):
@@ -154,18 +154,18 @@ class _Pipeline:
 
 
 @contextmanager
-def _ray(config: Config, directory: str, interrupts: Interrupts) -> Iterator[None]:
+def _ray(config: Config, directory: str, interrupts: Interrupts, verbose: bool) -> Iterator[None]:
     """A Ray of our own, or the cluster that the configuration names."""
     environment = session.Environment()
     try:
         with interrupts.deferred():  # half a Ray could not be ended
             address = session.address_to_join(config.ray, os.environ)
             if address is None:
-                session.start_local(os.cpu_count() or 1, environment)
+                session.start_local(os.cpu_count() or 1, environment, verbose=verbose)
             else:
                 stores = urls.variables_to_pass_on(store_urls(config), os.environ)
                 hubs = hub.variables_to_pass_on(config, os.environ)
-                session.connect(address, environment, {**hubs, **stores})
+                session.connect(address, environment, {**hubs, **stores}, verbose)
                 from nemo_ray.data.nodes import check_shared  # imports Ray
 
                 check_shared({"dataset_prepared_path": directory})

@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
         default="1/1",
         help="only the i-th of n parts of the trials, for one cluster",
     )
+    result.add_argument(
+        "--verbose", action="store_true", help="print what Ray and the workers log, with rank and step"
+    )
     return result
 
 
@@ -78,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shard = parse_shard(given.shard, sweep)
         from nemo_ray.tune.launch import run
 
-        return run(sweep, given.resume, shard)
+        return run(sweep, given.resume, shard, given.verbose)
     except NemoRayError as error:
         return tell(error)
     except KeyboardInterrupt:

@@ -55,17 +55,17 @@ _DATA_ENDS_WITHIN_S = 5.0
 BY_SIGNAL = "stopped"
 
 
-def run(sweep: Sweep, resume: bool, shard: Shard) -> int:
+def run(sweep: Sweep, resume: bool, shard: Shard, verbose: bool = False) -> int:
     """Run or continue a sweep, or a part of it; returns the exit code: 0, 1 no trial finished, 2 refused,
     130 stopped."""
-    return SweepLaunch(sweep, resume, shard).run()
+    return SweepLaunch(sweep, resume, shard, verbose).run()
 
 
 class SweepLaunch:
     """One start of a sweep from the driver's side. Use once."""
 
-    def __init__(self, sweep: Sweep, resume: bool, shard: Shard) -> None:
-        self.sweep, self.resume, self.shard = sweep, resume, shard
+    def __init__(self, sweep: Sweep, resume: bool, shard: Shard, verbose: bool = False) -> None:
+        self.sweep, self.resume, self.shard, self.verbose = sweep, resume, shard, verbose
         self.numbers = shard.numbers(sweep.num_trials)
         self.job_id = outputs.submission_id(os.environ)
         self.config = outputs.resolve_paths(sweep.base.config, self.job_id is not None, Path.cwd())
@@ -163,7 +163,7 @@ class SweepLaunch:
         with SweepDisplay(self.console, course, self.points) as display:
             self._prepare(plan, display)
             if not self.interrupts.count:
-                shared = Shared(plan, wanted, section.metric, self.job_id)
+                shared = Shared(plan, wanted, section.metric, self.job_id, self.verbose)
                 source = self._source(course, shape, facts["lag"])
                 self._train(course, shared, source, at_once, display, budget)
         return self._conclude(course, budget)
@@ -207,14 +207,15 @@ class SweepLaunch:
         if address is None:
             wanted = resources.demand(config, resources.gpus_here(os.environ))
             # One more, of which the trials' own processes take their parts.
-            session.start_local(resources.local_cpus(wanted) + 1, self.environment)
+            cpus = resources.local_cpus(wanted) + 1
+            session.start_local(cpus, self.environment, verbose=self.verbose)
             nodes = session.nodes()
             resources.place(wanted, nodes, config.ray.accelerator_type)
         else:
             variables = urls.variables_to_pass_on(store_urls(config), os.environ)
             variables |= hub.variables_to_pass_on(config, os.environ)
             variables |= trackers_variables(config.tracking, os.environ)
-            session.connect(address, self.environment, variables)
+            session.connect(address, self.environment, variables, self.verbose)
             wanted = resources.demand(config, sum(node.get("GPU", 0.0) for node in session.nodes()))
             section = config.ray  # one trial fits, or it says what does not
             wait_for_room(wanted, section.accelerator_type, section.wait_for_nodes_s, session.nodes, self.say)

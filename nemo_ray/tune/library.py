@@ -74,12 +74,16 @@ class SweepResult:
 
 
 def sweep(
-    config: str | Path | Mapping[str, Any], *overrides: str, resume: bool = False, shard: str = "1/1"
+    config: str | Path | Mapping[str, Any],
+    *overrides: str,
+    resume: bool = False,
+    shard: str = "1/1",
+    verbose: bool = False,
 ) -> SweepResult:
     """Run, or continue, a sweep, as `python -m nemo_ray.tune` does, in this process's main thread.
 
     config: path of a YAML file, or its content. overrides: "key=value", as on the command line. shard: "i/n",
-    the i-th of n parts of the trials.
+    the i-th of n parts of the trials. verbose: print what Ray and the workers log.
     Raises: ConfigError where it is refused, NemoRayError where no trial came to its end, KeyboardInterrupt
     after Ctrl-C. What it prints is the command's.
     """
@@ -88,7 +92,7 @@ def sweep(
     from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
     from nemo_ray.tune.launch import SweepLaunch
 
-    launch = SweepLaunch(found, resume, parse_shard(shard, found))
+    launch = SweepLaunch(found, resume, parse_shard(shard, found), verbose)
     code = launch.run()
     if launch.error is not None:
         raise launch.error

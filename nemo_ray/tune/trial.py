@@ -38,6 +38,8 @@ class Shared:
     wanted: Demand
     metric: str
     job_id: str | None
+    verbose: bool = False
+    """Print what Ray and the workers log."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def _fit(
     run: RunDir, config: Config, shared: Shared, lock: DriverLock, tell: Callable[[Evaluation], None]
 ) -> tuple[str, str]:
     loop_config = {"config": config, "plan": shared.plan, "output_dir": run.place}
-    work = Background("fit", lambda: cluster.fit(None, loop_config, run, shared.wanted, config.ray, lock.me))
+    asked = shared.wanted, config.ray, lock.me, shared.verbose
+    work = Background("fit", lambda: cluster.fit(None, loop_config, run, *asked))
     teller = Teller(run, shared.metric)
     while not work.wait(POLL_S):
         with contextlib.suppress(OSError):  # a hiccup of the file system is no reason to end a trial
