@@ -276,7 +276,9 @@ def test_mlflow(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_server_that_is_not_there_costs_one_line(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    keys = {"mlflow_tracking_uri": "http://me:hunter2@127.0.0.1:9", "use_mlflow": True}
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    keys = {"mlflow_tracking_uri": "http://127.0.0.1:9", "use_mlflow": True}
     run = runs.run("unreachable", **keys)
     (line,) = run.read_run()["notices"]
     assert line.startswith("MLflow: ") and line.endswith("metrics.jsonl has the figures")
