@@ -136,7 +136,9 @@ def read_table(
 
 def _read_groups(file: Any, path: str, span: Span, columns: Sequence[str]) -> tuple[pa.Table, int]:
     """The row groups of a span, and the number of rows before them."""
-    source = pq.ParquetFile(file)
+    # A file of Python's is not to be read by pyarrow's threads: one that still lets go of it when the
+    # interpreter ends takes the process down (pyarrow 26: "terminate called without an active exception").
+    source = pq.ParquetFile(file, pre_buffer=not is_url(path))
     if span.stop > source.num_row_groups:
         raise changed(path)
     present = [name for name in columns if name in source.schema_arrow.names]

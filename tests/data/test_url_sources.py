@@ -1,6 +1,8 @@
 """Sources in an object store: what a URL may name, what is asked of the store, what the user is told."""
 
 import gzip
+import io
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_ray import storage
+from nemo_ray.data import tables
 from nemo_ray.data.prepare import read_rows, window_task
 from nemo_ray.data.sources import plan_data
 from nemo_ray.errors import ConfigError, DataError
@@ -38,6 +41,24 @@ def server() -> Iterator[ObjectStore]:
                 with system.open_output_stream(inner, compression=None) as file:
                     file.write(content)
             yield store
+
+
+def test_a_parquet_file_elsewhere_is_read_by_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow's own would hold it for a moment longer: where the process ended then, it was aborted."""
+    threads = set()
+
+    class Watched(io.BytesIO):
+        def read(self, *size: Any) -> bytes:
+            threads.add(threading.get_ident())
+            return super().read(*size)
+
+    monkeypatch.setattr(tables, "open_input", lambda path: Watched(FILES["set/b.parquet"]))
+    path = "s3://bucket/set/b.parquet"
+    index = tables.scan_table(path, "parquet", "identity")
+    assert tables.read_table(path, "parquet", [index.span(0, 0, 40)], ["messages"]) == [
+        {"messages": row["messages"]} for row in ROWS[40:80]
+    ]
+    assert threads == {threading.get_ident()}
 
 
 @pytest.mark.parametrize(
