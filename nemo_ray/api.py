@@ -101,17 +101,20 @@ class PlanResult:
     @property
     def tokens_per_s(self) -> float | None:
         """Of all GPUs; None where it does not fit."""
-        return self.facts["speed"]["tokens_per_s"]
+        found: float | None = self.facts["speed"]["tokens_per_s"]
+        return found
 
     @property
     def seconds(self) -> float | None:
         """Of the whole run; of 100 M tokens where the data cannot be looked at."""
-        return self.facts["data"]["seconds"]
+        found: float | None = self.facts["data"]["seconds"]
+        return found
 
     @property
     def cost(self) -> float | None:
         """The same in the price's currency; None without one."""
-        return self.facts["data"]["cost"]
+        found: float | None = self.facts["data"]["cost"]
+        return found
 
     @property
     def recommended(self) -> Mapping[str, Any]:
