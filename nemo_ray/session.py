@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from nemo_ray.config.schema import RaySection
 from nemo_ray.errors import ClusterError
@@ -94,16 +94,40 @@ def start_local(
     _CLUSTERS.append(ray_constants.ENABLE_RAY_CLUSTER)
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=include_dashboard,
-            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-            log_to_driver=verbose,
-        )
+        with _in_groups_of_their_own():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=include_dashboard,
+                object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+                log_to_driver=verbose,
+            )
     except Exception as error:
         raise ClusterError(f"a local Ray could not be started: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _in_groups_of_their_own() -> Iterator[None]:
+    """Keep signals to this process's group from the processes that Ray starts meanwhile.
+
+    `timeout`, shells and batch systems send SIGTERM to a whole group. Ray 2.60 guards its processes against
+    SIGINT only, and a run that is told to end needs them until it has saved.
+    """
+    from ray._private import utils
+
+    # Called in each of them, before it begins.
+    tie_to_parent: Callable[[], None] = utils.set_kill_on_parent_death_linux
+
+    def begin() -> None:
+        os.setpgrp()
+        tie_to_parent()
+
+    utils.set_kill_on_parent_death_linux = begin
+    try:
+        yield
+    finally:
+        utils.set_kill_on_parent_death_linux = tie_to_parent
 
 
 def connect(

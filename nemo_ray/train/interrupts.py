@@ -4,12 +4,15 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 EXIT_CODE = 130
 _END_WITHIN_S = 5.0
+_ECHO_S = 1.0
+"""Within which a SIGTERM is the one before: `timeout` sends it to the process, and then to its group."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -21,6 +24,7 @@ class Interrupts:
         self.count = 0
         self._end_now = end_now
         self._collecting = False
+        self._terminated_s = -_ECHO_S
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupts":
@@ -44,6 +48,10 @@ class Interrupts:
         self._collecting = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            before_s, self._terminated_s = self._terminated_s, time.monotonic()
+            if self._terminated_s - before_s < _ECHO_S:
+                return
         self.count += 1
         if self.count > 2:
             os._exit(EXIT_CODE)

@@ -1,5 +1,7 @@
 """Ctrl-C on a real run: the first saves and ends, the second ends at once."""
 
+import os
+import signal
 import time
 
 import pytest
@@ -12,12 +14,19 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 
 @pytest.mark.long
-def test_ctrl_c_saves_and_a_resumed_run_ends_equal(world: World, reference: RunDir) -> None:
-    run = world.run_dir("interrupted")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_saves_and_a_resumed_run_ends_equal(
+    world: World, reference: RunDir, number: int
+) -> None:
+    """As a terminal sends Ctrl-C, and `timeout` and batch systems SIGTERM: to every process of the group."""
+    name = f"interrupted-{number}"
+    run = world.run_dir(name)
     changes = {"ray": {"num_workers": 2}, "micro_batch_size": 2, "save_steps": 100}
-    started = world.train("interrupted", **changes)
+    started = world.train(name, **changes)
     started.wait_until(lambda: train_rows(run))
-    started.ctrl_c()
+    if number == signal.SIGTERM:
+        os.kill(started.process.pid, number)  # and then to all, itself among them
+    os.killpg(started.process.pid, number)
     assert started.end(60) == 130, started.output
     assert "Traceback" not in started.output and not started.errors, started.output
     assert started.leaves_nothing_behind(), started.tree()
@@ -28,7 +37,7 @@ def test_ctrl_c_saves_and_a_resumed_run_ends_equal(world: World, reference: RunD
     assert run.read_run()["outcome"] == "stopped" and not run.stop_requested()
     assert not run.adapter_dir.exists()
 
-    again = world.train("interrupted", "resume_from_checkpoint=auto", **changes)
+    again = world.train(name, "resume_from_checkpoint=auto", **changes)
     assert again.end() == 0, again.output
     assert_same_course(run, reference)
     assert_same_adapter(run, reference)
