@@ -404,7 +404,8 @@ class TrainSection(Section):
     cuda_graphs: Bool = Field(
         True,
         description="Record the forward and backward passes of a step as CUDA graphs and replay them, on a "
-        "GPU that holds the whole model and without `lora_dropout`; elsewhere they run as they are.",
+        "GPU that holds the whole model, where LoRA factors alone train and without `lora_dropout`; "
+        "elsewhere they run as they are.",
     )
     max_grad_norm: Annotated[Positive | None, Kind("a number, 0 or more")] = Field(
         1.0, description="Gradients are scaled down to this norm, over all workers; 0 switches it off."

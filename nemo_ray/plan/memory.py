@@ -144,7 +144,8 @@ def estimate_memory(
         "communication": _gathered(config, model, compute_bytes) if shard > 1 else 0,
     }
     total, together = sum(classes.values()), classes["activations"] + classes["logits"]
-    recorded = config.cuda_graphs and use_gpu and shard == 1
+    factors_alone = config.adapter is not None and not config.lora_modules_to_save
+    recorded = config.cuda_graphs and factors_alone and use_gpu and shard == 1
     return Memory(classes, total if recorded else total - min(classes["gradients"], together))
 
 

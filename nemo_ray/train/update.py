@@ -17,6 +17,7 @@ from torch import nn
 from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.packing import Pack
 from nemo_ray.model.batch import PackedBatch
+from nemo_ray.model.lora import lora_parameters
 from nemo_ray.train.activations import keep_what_fits
 from nemo_ray.train.graph import CudaRecorder, GraphedPasses
 from nemo_ray.train.micro_batch import MicroBatch
@@ -53,6 +54,16 @@ def compile_kernels(trainee: Trainee, num_packs: int, sequence_len: int) -> None
     trainee.model.zero_grad(set_to_none=True)
 
 
+def recordable(trainee: Trainee) -> bool:
+    """Whether a step can be a CUDA graph.
+
+    FSDP2's hooks talk to other workers; what is drawn at random must be drawn again when recomputed; and
+    recording was measured with LoRA factors alone: embeddings, or every weight, train as they are.
+    """
+    factors_alone = len(lora_parameters(trainee.model)) == len(trainee.parameters)
+    return factors_alone and not trainee.parallel.sharded and not trainee.model.draws_numbers
+
+
 class Update:
     """The steps of one `Trainee`, whose packs are all of one length."""
 
@@ -60,9 +71,7 @@ class Update:
         self.trainee, self.train = trainee, train
         trainee.parallel.hold_gradients(trainee.parameters.values())
         self.graphs: GraphedPasses | None = None
-        # FSDP2's hooks talk to other workers; what is drawn at random must be drawn again when recomputed.
-        recordable = not trainee.parallel.sharded and not trainee.model.draws_numbers
-        if train.cuda_graphs and trainee.device.type == "cuda" and recordable:
+        if train.cuda_graphs and trainee.device.type == "cuda" and recordable(trainee):
             self.graphs = GraphedPasses(trainee.model, trainee.parameters, trainee.device, CudaRecorder())
 
     def keep_activations(self, sequence_len: int) -> dict[str, int]:

@@ -1,13 +1,32 @@
 """What a worker does once before its first step."""
 
+import pytest
 import torch
 
-from nemo_ray.config.schema import TrainSection
+from nemo_ray.config.schema import AdapterSection, TrainSection
+from nemo_ray.model.load import Precision, build
 from nemo_ray.train.optim import make_optimizer
 from nemo_ray.train.parallelize import Layout, parallelize
-from nemo_ray.train.update import Trainee, compile_kernels
-from tests.model.shapes import CPU
+from nemo_ray.train.update import Trainee, compile_kernels, recordable
+from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
 from tests.train.test_graph import trained
+
+
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [
+        (ALL_TARGETS, True),
+        (ALL_TARGETS | {"lora_dropout": 0.1}, False),
+        (ALL_TARGETS | {"lora_modules_to_save": ("embeddings",)}, False),
+        ({}, False),
+    ],
+    ids=["lora", "dropout", "whole modules", "full"],
+)
+def test_what_is_recorded(adapter: dict, expected: bool) -> None:
+    model, _ = build(tiny_config(), AdapterSection(**adapter), Precision(), CPU)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parallel = parallelize(model, Layout(1, 1), CPU, recompute=False)
+    assert recordable(Trainee(model, parameters, None, parallel, CPU)) is expected
 
 
 def test_kernels_are_compiled_at_the_size_that_trains():
