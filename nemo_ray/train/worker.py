@@ -160,7 +160,9 @@ def watched(
             reclaimed=reclaimed,
             top_tokens_per_s=top_speed(config, base, device),
         )
-        if config.gradient_checkpointing == "auto" and device.type == "cuda":
+        # Sharded, all are made again: keeping was measured on whole models only.
+        whole = device.type == "cuda" and not trainee.parallel.sharded
+        if config.gradient_checkpointing == "auto" and whole:
             kept = trainer.update.keep_activations(config.sequence_len)
             if rank == 0:
                 run.update_run({"kept_activations": kept})
