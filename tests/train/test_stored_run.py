@@ -108,11 +108,11 @@ def test_what_a_driver_writes_is_found_on_another_machine(
     run.update_run({"outcome": "failed"})
     run.append_metrics({"step": 2, "loss": 1.0})
     run.push()
-    before = len(store.requests)
-    run.push()
+    with store.recorded() as requests:
+        run.push()
     own = url.partition("//")[2]  # what earlier tests began may push meanwhile
-    assert any(own in request.path for request in store.requests[:before])
-    later = [request.path for request in store.requests[before:] if own in request.path]
+    assert any(own in request.path for request in store.requests)
+    later = [request.path for request in requests if own in request.path]
     assert not any(name in path for path in later for name in ("run.json", "metrics.jsonl"))  # as they were
     other = seen_from("two", url, monkeypatch, tmp_path)
     assert other.path != run.path
