@@ -117,9 +117,9 @@ class PlanResult:
         return found
 
     @property
-    def recommended(self) -> Mapping[str, Any]:
-        """The option that the command would mark: its name, the keys to set, peak, speed."""
-        return next(option for option in self.facts["options"] if option["recommended"])
+    def recommended(self) -> Mapping[str, Any] | None:
+        """The option that the command would mark: name, keys to set, peak, speed. None where none fits."""
+        return next((option for option in self.facts["options"] if option["recommended"]), None)
 
 
 def train(config: Source, *overrides: str, force: bool = False, verbose: bool = False) -> TrainResult:

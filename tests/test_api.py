@@ -44,6 +44,8 @@ def test_a_plan() -> None:
     assert found.cost == pytest.approx(found.seconds / 3600 * 2 * 3.0)
     small = plan(ROOT / "configs" / "nemotron-3-nano-30b-a3b-lora.yaml", gpu="l40s")
     assert not small.fits and small.recommended["keys"]
+    tiny = plan(ROOT / "configs" / "nemotron-3-super-120b-a12b-qlora.yaml", gpu="rtx4090")
+    assert not tiny.fits and tiny.recommended is None
 
 
 def test_prepared_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
