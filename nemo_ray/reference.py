@@ -9,9 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 
 from nemo_ray.cli import COMMANDS, usage
+from nemo_ray.config.docs import write
 
 COLUMNS = 82
 """The width that argparse wraps to: that of the page, not of the terminal that writes it."""
@@ -68,13 +68,5 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def main(arguments: list[str]) -> None:
-    """Write the page to the file that is named, or print it."""
-    if arguments:
-        Path(arguments[0]).write_text(reference(), encoding="utf-8")
-    else:
-        sys.stdout.write(reference())
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    write(reference(), sys.argv[1:])

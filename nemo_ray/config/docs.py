@@ -106,13 +106,13 @@ def _foreign_table(table: tuple[Foreign, ...], refused: bool) -> Iterator[str]:
             yield f"| {', '.join(f'`{key}`' for key in entry.keys)} | {entry.line} |"
 
 
-def main(arguments: list[str]) -> None:
-    """Write the page to the file that is named, or print it."""
+def write(page: str, arguments: list[str]) -> None:
+    """To the file that is named, or to standard output."""
     if arguments:
-        Path(arguments[0]).write_text(reference(), encoding="utf-8")
+        Path(arguments[0]).write_text(page, encoding="utf-8")
     else:
-        sys.stdout.write(reference())
+        sys.stdout.write(page)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    write(reference(), sys.argv[1:])

@@ -79,7 +79,7 @@ def options(config: Config, model: Mapping[str, Any], gpu: Gpu, num_gpus: int) -
                 memory=estimates[shard],
                 fits=estimates[shard].peak <= room,
                 most_tokens=most_tokens(changed, model, shard, room),
-                speed=estimate_speed(changed, model, gpu, tokens),
+                speed=estimate_speed(changed, model, gpu, tokens, shard),
                 num_gpus=num_gpus,
             )
         )

@@ -59,8 +59,9 @@ class Speed:
     source: str
 
 
-def estimate_speed(config: Config, model: Mapping[str, Any], gpu: Gpu, tokens: int) -> Speed:
-    """Of one GPU with `tokens` in a micro-batch."""
+def estimate_speed(config: Config, model: Mapping[str, Any], gpu: Gpu, tokens: int, shard: int = 1) -> Speed:
+    """Of one GPU with `tokens` in a micro-batch, where `shard` of them share a copy of the weights. What they
+    send each other is not counted."""
     active, four_bit = count_active(model), config.quantize_moe_experts
 
     def apart(run: Measured) -> tuple[bool, float, float]:
@@ -72,7 +73,7 @@ def estimate_speed(config: Config, model: Mapping[str, Any], gpu: Gpu, tokens: i
         return Speed(None, f"the nearest measured model is {far:,.0f} times as large or small")
     speed = nearest.rate / flop_per_token(config, model) * gpu.tflops / REFERENCE.tflops
     source = f"measured: {nearest.what}, on an H100 or H200"
-    if config.gradient_checkpointing is True:
+    if config.gradient_checkpointing is True or (config.gradient_checkpointing == "auto" and shard > 1):
         speed *= 1 - _RECOMPUTED
     if not gpu.measured:
         source += f"; {gpu.name} by its data sheet"

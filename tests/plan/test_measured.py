@@ -81,3 +81,11 @@ def test_speed_of_what_was_measured(model, tokens, keys, run):
     given = given.model_copy(update={"gradient_checkpointing": "auto"})
     found = estimate_speed(given, shape, GPUS["h100"], tokens)
     assert found.tokens_per_s == pytest.approx(run.tokens_per_s, rel=0.01) and run.what in found.source
+
+
+def test_sharded_weights_mean_that_all_activations_are_made_again() -> None:
+    shape, _ = find_shape(NANO)
+    given = config(NANO, 8192, ATTENTION, True)
+    auto = given.model_copy(update={"gradient_checkpointing": "auto"})
+    whole, sharded = (estimate_speed(auto, shape, GPUS["h100"], 8192, size).tokens_per_s for size in (1, 2))
+    assert sharded == estimate_speed(given, shape, GPUS["h100"], 8192).tokens_per_s < whole
