@@ -1,10 +1,12 @@
 """Which blocks keep their activations for the backward pass, and which make them again: as many keep as fit.
 
-What a block of each kind takes is measured on the model and the batch size that will train, not estimated.
+What a block of each kind takes is measured on the model and the batch size that will train, not estimated;
+and what the choice left free is measured again: the last blocks are at the peak, and those which keep need
+less there than those which make theirs again.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from torch import nn
 
 # Kinds of blocks, those first whose recomputation takes the most GPU time for the memory that it saves.
 KINDS = ("moe", "linear_attention", "full_attention", "mlp")
-SPARE_BYTES = 2 * 2**30  # for evaluation, and for holes between tensors
+SPARE_BYTES = 3 * 2**28  # for holes between tensors
 
 
 def choose_kept(costs: dict[str, int], available: Sequence[str], room_bytes: int) -> dict[str, int]:
@@ -43,29 +45,60 @@ def keep_what_fits(
     Args:
         forward: the loss of a batch of the size that will train.
     """
-    kinds = [block.block_type for block in model.model.layers]
     for block in model.model.layers:
         block.recompute = True
     forward().backward()  # whatever is made once, is made now
+    dist.all_reduce(torch.zeros((), device=device))  # NCCL's buffers too
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    at_rest = _bytes_held(device, forward)
-    forward().backward()
-    peak = torch.cuda.max_memory_allocated(device)
     free, total = torch.cuda.mem_get_info(device)
     share = int(total * torch.cuda.get_per_process_memory_fraction())
-    room = min(free + torch.cuda.memory_reserved(device), share) - peak - SPARE_BYTES
+    limit = min(free + torch.cuda.memory_reserved(device), share) - SPARE_BYTES
+    at_rest = _bytes_held(device, forward)
     costs = measure_costs(model, lambda: _bytes_held(device, forward) - at_rest)
-    chosen = choose_kept(costs, kinds, room)
-    counts = torch.tensor([chosen.get(kind, 0) for kind in KINDS])
-    dist.all_reduce(counts, op=dist.ReduceOp.MIN)
-    kept = {kind: int(count) for kind, count in zip(KINDS, counts, strict=True) if kind in chosen}
+    return keep_most(model, costs, limit, lambda: _peak_bytes(device, forward), device)
+
+
+def keep_most(
+    model: nn.Module, costs: dict[str, int], limit: int, peak: Callable[[], int], device: torch.device
+) -> dict[str, int]:
+    """Let more blocks keep theirs until `peak()` leaves room up to `limit` for no other; at first all of them
+    make theirs again. Workers choose together.
+
+    Args:
+        costs: bytes that a block of each kind keeps.
+        limit: bytes.
+
+    Returns: how many of each kind keep theirs.
+    """
+    kinds = [block.block_type for block in model.model.layers]
+    kept: Counter[str] = Counter()
+    while True:
+        left = [kind for kind in costs for _ in range(kinds.count(kind) - kept[kind])]
+        more = choose_kept(costs, left, limit - peak())
+        counts = torch.tensor([more.get(kind, 0) for kind in KINDS], device=device)
+        dist.all_reduce(counts, op=dist.ReduceOp.MIN)
+        if not counts.any():
+            return {kind: kept[kind] for kind in KINDS if kind in costs}
+        kept.update(dict(zip(KINDS, counts.tolist(), strict=True)))
+        _keep_last(model, kept)
+
+
+def _keep_last(model: nn.Module, kept: Mapping[str, int]) -> None:
+    """Let the last blocks of each kind keep theirs, so many as `kept` says; their backward pass is first."""
     left = Counter(kept)
-    for block, kind in zip(reversed(model.model.layers), reversed(kinds), strict=True):
-        block.recompute = left[kind] == 0
-        left[kind] -= left[kind] > 0
+    for block in reversed(model.model.layers):
+        block.recompute = left[block.block_type] == 0
+        left[block.block_type] -= left[block.block_type] > 0
+
+
+def _peak_bytes(device: torch.device, forward: Callable[[], torch.Tensor]) -> int:
+    """The most that a forward and a backward pass hold, and all that is held already."""
     torch.cuda.empty_cache()
-    return kept
+    torch.cuda.reset_peak_memory_stats(device)
+    forward().backward()
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    return peak
 
 
 def measure_costs(model: nn.Module, held: Callable[[], int]) -> dict[str, int]:

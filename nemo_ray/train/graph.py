@@ -3,10 +3,11 @@
 A graph fixes every shape and address. So batches are copied into tensors of its own, gradients stay where
 they are from step to step, and the documents of a batch, whose number and lengths differ, are told to the
 attention kernel in sizes rounded up to powers of two: there is one graph for each pair of sizes that comes
-up, all in one memory pool.
+up, all in one memory pool. Between replays nothing in it is needed: evaluation borrows it.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,8 @@ class CudaRecorder:
     """Turns what runs on a GPU into its replay; what it makes shares one pool of memory."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: torch.cuda.MemPool | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, run: Run) -> Run:
         """Record `run`, which is called twice at the first time: kernels and handles that are made at a first
@@ -32,16 +34,13 @@ class CudaRecorder:
         Raises: PatchError where something in it cannot be recorded.
         """
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool, self._stream = torch.cuda.MemPool(), torch.cuda.Stream()
             torch.cuda.empty_cache()  # what one stream has freed is of no use to another
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            with _on(self._stream):
                 run()
-            torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool.id, stream=self._stream):
                 run()
         except torch.cuda.OutOfMemoryError:
             raise
@@ -50,6 +49,27 @@ class CudaRecorder:
                 f"the step cannot be recorded as a CUDA graph ({error}); set cuda_graphs: false"
             ) from error
         return graph.replay
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """What runs inside takes its memory from the pool, where there is one: nothing made there may be kept
+        beyond the next replay."""
+        if self._pool is None or self._stream is None:
+            yield
+            return
+        # The pool's memory is that of one stream. Only the calling thread takes it: no backward pass does.
+        with _on(self._stream), torch.cuda.use_mem_pool(self._pool):
+            yield
+
+
+@contextlib.contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Runs on `stream`, after what the current one has to do and before what follows there."""
+    outside = torch.cuda.current_stream()
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        yield
+    outside.wait_stream(stream)
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,8 @@ class Trainer:
             return
         _log.info("evaluating")
         self.write_progress("evaluating", now=True)
-        found = self.evaluator()
+        with self.update.between_steps():
+            found = self.evaluator()
         if found is None:
             if self.train.load_best_model_at_end or self.train.early_stopping_patience:
                 raise DataError(

@@ -8,7 +8,9 @@ finds the same, for both figures are of all of them. It is decided on the device
 GPU, but for AdamW8bit.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -71,8 +73,10 @@ class Update:
         self.trainee, self.train = trainee, train
         trainee.parallel.hold_gradients(trainee.parameters.values())
         self.graphs: GraphedPasses | None = None
+        self._recorder: CudaRecorder | None = None
         if train.cuda_graphs and trainee.device.type == "cuda" and recordable(trainee):
-            self.graphs = GraphedPasses(trainee.model, trainee.parameters, trainee.device, CudaRecorder())
+            self._recorder = CudaRecorder()
+            self.graphs = GraphedPasses(trainee.model, trainee.parameters, trainee.device, self._recorder)
 
     def keep_activations(self, sequence_len: int) -> dict[str, int]:
         """Let as many blocks keep their activations as fit beside packs of `sequence_len` tokens; returns how
@@ -83,6 +87,10 @@ class Update:
         kept = keep_what_fits(self.trainee.model.train(), self.trainee.device, loss)
         self._zero_gradients()
         return kept
+
+    def between_steps(self) -> AbstractContextManager[None]:
+        """For forward passes without gradients: they take the memory that a step holds, if it is recorded."""
+        return contextlib.nullcontext() if self._recorder is None else self._recorder.lent()
 
     def __call__(
         self, packs: Sequence[Pack], num_targets: int, rate: float

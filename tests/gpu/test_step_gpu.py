@@ -102,6 +102,26 @@ def test_recorded_passes_add_up_what_plain_ones_do(precision, recompute):
         passes.zero_gradients()
 
 
+def test_what_runs_between_steps_takes_the_memory_of_graphs():
+    model, parameters = trained(torch.bfloat16)
+    recorder, micro = CudaRecorder(), micro_batch(LAYOUTS[0], 0)
+    passes, moved = GraphedPasses(model, parameters, GPU, recorder), on_gpu(micro)
+    passes(micro, 0.5)
+    recorded = {name: p.grad.clone() for name, p in parameters.items()}
+    passes.zero_gradients()
+    with torch.no_grad():
+        expected = model.target_log_probs(moved.batch, moved.targets).sum()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_reserved()
+        with recorder.lent():
+            found = model.target_log_probs(moved.batch, moved.targets).sum().item()
+    assert torch.cuda.memory_reserved() <= held
+    assert found == pytest.approx(expected.item(), rel=1e-3)
+    passes(micro, 0.5)
+    for name, parameter in parameters.items():
+        assert (parameter.grad - recorded[name]).norm() <= 1e-3 * recorded[name].norm(), name
+
+
 def test_what_fits_is_kept_and_changes_no_gradient(monkeypatch):
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,9 +1,12 @@
 """Which blocks keep their activations: the arithmetic of it, and which of them stand for their kind."""
 
+from types import SimpleNamespace
+
 import torch
 
 from nemo_ray.model.batch import PackedBatch
-from nemo_ray.train.activations import choose_kept, measure_costs
+from nemo_ray.train.activations import choose_kept, keep_most, measure_costs
+from tests.group import group_of_one
 from tests.model.shapes import tiny_model
 
 KINDS = ["linear_attention", "moe"] * 3 + ["full_attention"]
@@ -52,3 +55,25 @@ def test_a_block_before_all_adapters_does_not_stand_for_its_kind():
     activation = 32 * model.config.hidden_size * 4
     assert min(costs.values()) >= activation, costs
     assert all(block.recompute for block in model.model.layers)
+
+
+def test_room_that_a_choice_leaves_is_measured_again():
+    """Blocks that keep theirs need less at the peak than was thought: more of them fit."""
+    layers = [SimpleNamespace(block_type=kind, recompute=True) for kind in KINDS]
+    model = SimpleNamespace(model=SimpleNamespace(layers=layers))
+
+    def peak() -> int:
+        kept = [COSTS[block.block_type] for block in layers if not block.recompute]
+        return 100 + sum(kept) - (8 if kept else 0)
+
+    limit = 100 + 2 * COSTS["moe"]
+    with group_of_one():
+        kept = keep_most(model, COSTS, limit, peak, torch.device("cpu"))
+        assert kept == {"moe": 3, "linear_attention": 0, "full_attention": 0}
+        assert peak() <= limit
+        assert [not block.recompute for block in layers] == [kind == "moe" for kind in KINDS]
+        for block in layers:
+            block.recompute = True
+        kept = keep_most(model, COSTS, 100 + COSTS["moe"] + 1, peak, torch.device("cpu"))
+    assert kept == {"moe": 2, "linear_attention": 0, "full_attention": 0}
+    assert [block.recompute for block in layers if block.block_type == "moe"] == [True, False, False]
