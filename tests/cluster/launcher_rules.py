@@ -54,6 +54,18 @@ class CamelCase(Strict):
     model_config = ConfigDict(alias_generator=to_camel)
 
 
+class Provider(Strict):
+    """Ray's provider of a cloud, and on-demand nodes where it refuses spot."""
+
+    type: Literal["external"]
+    module: str
+
+    @property
+    def cloud(self) -> str:
+        """aws, gcp or azure."""
+        return self.module.split(".")[2]
+
+
 # --- AWS
 
 
@@ -100,8 +112,8 @@ class SecurityGroup(Strict):
     group_name: str = Field(alias="GroupName")
 
 
-class AwsProvider(Strict):
-    type: Literal["aws"]
+class AwsProvider(Provider):
+    module: Literal["nemo_ray.nodes.aws.Provider"]
     region: str
     availability_zone: str
     cache_stopped_nodes: Literal[False]
@@ -159,8 +171,8 @@ class GcpInstance(CamelCase):
     scheduling: Scheduling | None = None
 
 
-class GcpProvider(Strict):
-    type: Literal["gcp"]
+class GcpProvider(Provider):
+    module: Literal["nemo_ray.nodes.gcp.Provider"]
     region: str
     availability_zone: str
     project_id: str
@@ -210,8 +222,8 @@ class AzureInstance(Strict):
     azure_arm_parameters: Annotated[dict[str, Any], BeforeValidator(_template_parameters)]
 
 
-class AzureProvider(Strict):
-    type: Literal["azure"]
+class AzureProvider(Provider):
+    module: Literal["nemo_ray.nodes.azure.Provider"]
     location: str
     resource_group: str
     subscription_id: str
@@ -283,11 +295,12 @@ class Launcher(Strict):
     max_workers: int = Field(ge=1)
     idle_timeout_minutes: int = Field(ge=1, le=60)
     docker: Docker
-    provider: Annotated[AwsProvider | GcpProvider | AzureProvider, Field(discriminator="type")]
+    provider: Annotated[AwsProvider | GcpProvider | AzureProvider, Field(discriminator="module")]
     auth: Auth
     head_node_type: Literal["head"]
     available_node_types: dict[str, NodeType]
     file_mounts: dict[str, str]
+    cluster_synced_files: list[str] = Field(max_length=0)
     initialization_commands: list[str]
     setup_commands: list[str] = Field(max_length=0)
     head_setup_commands: list[str] = Field(max_length=0)
@@ -309,7 +322,7 @@ class Launcher(Strict):
     def _node_configs_are_what_the_cloud_takes(self) -> "Launcher":
         for name, node in self.available_node_types.items():
             try:
-                _NODE_CONFIGS[self.provider.type](node.node_config)
+                _NODE_CONFIGS[self.provider.cloud](node.node_config)
             except ValueError as error:
                 raise ValueError(f"available_node_types.{name}: {error}") from error
         return self
@@ -327,7 +340,7 @@ class Launcher(Strict):
         kinds: dict[str, dict[str, NodeType]] = {}
         for name, node in self.workers.items():
             gpu, _, paid = name.partition("-")
-            if paid != market(self.provider.type, node.node_config):
+            if paid != market(self.provider.cloud, node.node_config):
                 raise ValueError(f"available_node_types.{name}: the name does not end as it is paid for")
             named = {key.partition(":")[2].lower() for key in node.resources if ":" in key}
             if node.num_gpus < 1 or named != {gpu} or node.priority is None:

@@ -8,11 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
+from botocore.exceptions import ClientError
+from moto import mock_aws
 from pydantic import ValidationError
+from ray.autoscaler._private.providers import _get_node_provider, _get_node_provider_cls
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig, InstanceReconcileConfig
+from ray.autoscaler.v2.instance_manager.node_provider import NodeProviderAdapter
 from ray.autoscaler.v2.instance_manager.subscribers.cloud_resource_monitor import CloudResourceMonitor
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.schema import AutoscalerInstance
@@ -219,7 +224,7 @@ def test_gpu_nodes_are_the_machines_of_the_clouds(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_spot_and_on_demand_differ_only_in_how_they_are_paid_for(name: str) -> None:
     launcher = _launcher(name)
-    provider = launcher.provider.type
+    provider = launcher.provider.cloud
     assert {market(provider, node.node_config) for node in launcher.workers.values()} == {"spot", "on-demand"}
     assert market(provider, launcher.head.node_config) == "on-demand"
     market_keys = {"InstanceMarketOptions", "scheduling", "priority", "evictionPolicy", "billingProfile"}
@@ -236,10 +241,10 @@ def test_spot_and_on_demand_differ_only_in_how_they_are_paid_for(name: str) -> N
 def test_workers_may_use_the_bucket(name: str) -> None:
     """Each cloud's way to give a node an identity."""
     launcher = _launcher(name)
-    if launcher.provider.type == "azure":
+    if launcher.provider.cloud == "azure":
         assert launcher.provider.msi_resource_group == launcher.provider.resource_group
         return
-    key = {"aws": "IamInstanceProfile", "gcp": "serviceAccounts"}[launcher.provider.type]
+    key = {"aws": "IamInstanceProfile", "gcp": "serviceAccounts"}[launcher.provider.cloud]
     head = launcher.head.node_config.get(key)
     for node in launcher.workers.values():
         assert "nemo-ray-worker" in str(node.node_config[key])
@@ -296,42 +301,97 @@ def test_the_token_is_where_ray_looks_for_it() -> None:
 # --- what Ray asks AWS for
 
 
-def test_ray_sets_up_aws_by_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's own steps of `ray up` and of a scale-up, on a stand-in for AWS."""
-    import boto3
-    from moto import mock_aws
-    from ray.autoscaler._private.aws.config import bootstrap_aws
-    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
-
+@pytest.fixture
+def clouds_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes a key into .ssh
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(variable, "of-a-test")
+
+
+def _known(node_config: dict[str, Any]) -> dict[str, Any]:
+    """Without what the stand-in for AWS has not: an image and a profile."""
+    known = {**node_config, "ImageId": "ami-1"}
+    del known["IamInstanceProfile"]
+    return known
+
+
+@pytest.mark.usefixtures("clouds_keys")
+def test_ray_sets_up_aws_by_the_files() -> None:
+    """Ray's own steps of `ray up` and of a scale-up, on a stand-in for AWS."""
     files = [name for name in NAMES if name.startswith("aws")]
     with mock_aws():
         ec2 = boto3.client("ec2", region_name="us-east-1")
         looked_up: dict[str, Any] = {}
         for name in files:
-            config = bootstrap_aws(prepare_config(copy.deepcopy(RAW[name])))
+            config = _get_node_provider_cls(RAW[name]["provider"]).bootstrap_config(
+                prepare_config(copy.deepcopy(RAW[name]))
+            )
 
             group = config["provider"]["security_group"]["GroupName"]
             [made] = ec2.describe_security_groups(GroupNames=[group])["SecurityGroups"]
             open_to_all = [rule for rule in made["IpPermissions"] if rule["IpRanges"]]
             assert [(rule["FromPort"], rule["ToPort"]) for rule in open_to_all] == [(22, 22)]
 
-            provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+            provider = _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
             for node_type, node in config["available_node_types"].items():
-                known = {**node["node_config"], "ImageId": "ami-1"}
-                del known["IamInstanceProfile"]  # the stand-in has neither image nor profile
                 tags = {"ray-node-type": "worker", "ray-node-name": "a", "ray-user-node-type": node_type}
-                assert len(provider.create_node(known, tags, 1)) == 1
+                assert len(provider.create_node(_known(node["node_config"]), tags, 1)) == 1
                 looked_up[node_type] = {"node_config": node["node_config"]}
 
         together = {**config, "available_node_types": looked_up}
-        seen = AWSNodeProvider.fillout_available_node_types_resources(together)["available_node_types"]
+        seen = provider.fillout_available_node_types_resources(together)["available_node_types"]
     for name in files:
         for node_type, node in _launcher(name).workers.items():
             del seen[node_type]["resources"]["memory"]
             assert seen[node_type]["resources"] == node.resources
+
+
+@pytest.mark.usefixtures("clouds_keys")
+def test_rays_autoscaler_gets_an_on_demand_node_where_aws_refuses_spot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Through what Ray's autoscaler launches by, up to the instance that EC2 has."""
+    refused: list[str] = []
+    with mock_aws():
+        raw = RAW["aws-h100"]
+        config = _get_node_provider_cls(raw["provider"]).bootstrap_config(prepare_config(copy.deepcopy(raw)))
+        for node in config["available_node_types"].values():
+            node["node_config"] = _known(node["node_config"])
+        provider = _get_node_provider(config["provider"], config["cluster_name"], use_cache=False)
+        create = provider.ec2_fail_fast.create_instances
+
+        def without_spot(**asked: Any) -> Any:
+            if "InstanceMarketOptions" in asked:
+                refused.append(asked["SubnetId"])
+                error = {"Code": "InsufficientInstanceCapacity", "Message": "There is no Spot capacity"}
+                raise ClientError({"Error": error}, "RunInstances")
+            return create(**asked)
+
+        monkeypatch.setattr(provider.ec2_fail_fast, "create_instances", without_spot)
+        adapter = NodeProviderAdapter(provider, _Reader(AutoscalingConfig(config, skip_content_hash=True)))
+        adapter.launch({"h100-spot": 2}, "asked-1")
+        deadline_s = time.monotonic() + 60
+        while len(found := adapter.get_non_terminated()) < 2 and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        assert adapter.poll_errors() == []
+        assert [(node.node_type, node.request_id) for node in found.values()] == [
+            ("h100-spot", "asked-1")
+        ] * 2
+        ec2 = boto3.client("ec2", region_name="us-east-1")
+        [*reservations] = ec2.describe_instances(InstanceIds=list(found))["Reservations"]
+        instances = [instance for reservation in reservations for instance in reservation["Instances"]]
+    assert [instance.get("InstanceLifecycle") for instance in instances] == [None, None]
+    assert len(set(refused)) > 1  # in every zone of the file
+
+
+class _Reader:
+    """The configuration of an autoscaler, which does not change."""
+
+    def __init__(self, config: AutoscalingConfig) -> None:
+        self._config = config
+
+    def get_cached_autoscaling_config(self) -> AutoscalingConfig:
+        return self._config
 
 
 # --- what Ray's autoscaler makes of them
@@ -431,8 +491,8 @@ def test_no_more_nodes_than_max_workers_of_both_types(name: str) -> None:
     assert sum(launched.values()) == RAW[name]["max_workers"]
 
 
-def test_a_refused_request_does_not_put_spot_last() -> None:
-    """As the files say of Ray 2.60; when this fails, the comment about `max_workers: 0` can go."""
+def test_ray_alone_repeats_a_refused_request() -> None:
+    """Why the files name providers of our own; when this fails, Ray's may do."""
 
     def availability(status: Instance.InstanceStatus) -> dict[str, float]:
         monitor = CloudResourceMonitor()
@@ -505,7 +565,7 @@ def test_the_submit_command_is_a_run_that_fits_the_cluster(name: str) -> None:
     assert (ROOT / given.config).is_file()
     module, config = load(str(ROOT / given.config), given.overrides)
     launcher = _launcher(name)
-    store = STORES[launcher.provider.type]
+    store = STORES[launcher.provider.cloud]
     assert module == "train"
     assert given.address == "http://127.0.0.1:8265"
     assert str(config.output_dir).startswith(store) and str(config.dataset_prepared_path).startswith(store)
