@@ -106,7 +106,9 @@ def read_prompt(
 
 @contextmanager
 def _whole(module: nn.Module) -> Iterator[None]:
-    """Gather the parameters that FSDP holds for `module`: its hooks do so in calls of its forward only."""
+    """Gather the parameters of `module` that are sharded: hooks do so in calls of its forward only."""
+    if (make_whole := getattr(module, "make_whole", None)) is not None:
+        make_whole()
     if not isinstance(module, FSDPModule):
         yield
         return

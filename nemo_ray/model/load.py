@@ -5,7 +5,7 @@ so that a rank's memory holds its own part and one tensor's rows, never the whol
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,7 +25,7 @@ from nemo_ray.model.linear import BaseLinear
 from nemo_ray.model.lora import LoraTargets, apply_lora, initial_factors, lora_parameters
 from nemo_ray.model.patches import patch_model
 from nemo_ray.model.quant import QuantizedWeight, Workspace
-from nemo_ray.model.sharding import local_rows
+from nemo_ray.model.sharding import RowShard, local_rows
 
 # Of values that are quantized together. bitsandbytes' way on a CPU takes some 70 bytes for each value.
 QUANTIZED_AT_ONCE_BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
@@ -203,19 +203,32 @@ def fill(
     """
     rows = _random_rows(model, seed) if base_model is None else _stored_rows(model, base_model)
     model.to_empty(device=device)
+    shards: Mapping[str, RowShard] = getattr(model, "row_shards", {})
     for name, weight in _base_weights(model):
         if isinstance(weight, QuantizedWeight):
-            _fill_quantized(name, weight, rows, model.compute_dtype)
+            _fill_quantized(name, weight, rows, model.compute_dtype, shards)
             continue
-        local, first = local_rows(weight)
+        local, first = _own_rows(name, weight, shards)
         if local.numel():
-            rows(name, tuple(weight.shape), first, local)
+            rows(name, tuple(shards[name].shape if name in shards else weight.shape), first, local)
     initial_factors(model, adapter_seed)
 
 
-def _fill_quantized(name: str, weight: QuantizedWeight, rows: Rows, dtype: torch.dtype) -> None:
+def _own_rows(name: str, weight: torch.Tensor, shards: Mapping[str, RowShard]) -> tuple[torch.Tensor, int]:
+    """This rank's rows of a weight, and the first one's number."""
+    if name not in shards:
+        return local_rows(weight)
+    return weight.data[: shards[name].count], shards[name].first
+
+
+def _fill_quantized(
+    name: str, weight: QuantizedWeight, rows: Rows, dtype: torch.dtype, shards: Mapping[str, RowShard]
+) -> None:
     """Read this rank's groups of a weight in `dtype`, some at a time, and quantize them in place."""
-    stored, first = zip(*(local_rows(p) for p in (weight.packed, weight.codes, weight.nested)), strict=True)
+    own = (
+        _own_rows(f"{name}.{leaf}", getattr(weight, leaf), shards) for leaf in ("packed", "codes", "nested")
+    )
+    stored, first = zip(*own, strict=True)
     num_local, first_group = stored[0].shape[0], first[0]
     rows_per_group = weight.shape[0] // weight.num_groups
     at_once_bytes = QUANTIZED_AT_ONCE_BYTES[stored[0].device.type]

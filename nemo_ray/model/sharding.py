@@ -1,8 +1,20 @@
 """A tensor that may be sharded: this rank's rows of it, and the whole of it."""
 
+from dataclasses import dataclass
+
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """Which rows of a weight of `shape` a parameter holds that is not whole, and no DTensor: `count` from
+    `first` on, and perhaps padding. `model.row_shards` has them by name while a model is filled."""
+
+    shape: torch.Size
+    first: int
+    count: int
 
 
 def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:

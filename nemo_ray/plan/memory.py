@@ -38,6 +38,8 @@ class Memory:
     """By what they are."""
     peak: int
     """Of all classes together: gradients fill up while activations go, but where both lie in a CUDA graph."""
+    factors_whole: bool
+    """Whether each worker holds all of what an adapter trains, and the base alone is spread."""
 
     @property
     def above_weights(self) -> int:
@@ -106,13 +108,34 @@ def backward_width(model: Mapping[str, Any], kind: str) -> int:
 
 
 def estimate_memory(
-    config: Config, model: Mapping[str, Any], shard: int, use_gpu: bool, tokens: int | None = None
+    config: Config,
+    model: Mapping[str, Any],
+    shard: int,
+    use_gpu: bool,
+    tokens: int | None = None,
+    room_bytes: float | None = None,
 ) -> Memory:
     """Of a worker, where `shard` workers hold a copy of the weights together.
 
     Args:
         tokens: of a micro-batch; the configuration's by default.
+        room_bytes: of a worker's GPU. Where a spread base with whole factors, which is faster, takes more,
+            the factors are sharded too.
     """
+    whole = _estimate(config, model, shard, use_gpu, tokens, factors_whole=config.adapter is not None)
+    if not whole.factors_whole or shard == 1 or room_bytes is None or whole.peak <= room_bytes:
+        return whole
+    return _estimate(config, model, shard, use_gpu, tokens, factors_whole=False)
+
+
+def _estimate(
+    config: Config,
+    model: Mapping[str, Any],
+    shard: int,
+    use_gpu: bool,
+    tokens: int | None,
+    factors_whole: bool,
+) -> Memory:
     base = count_base(model)
     trained = count_lora(config, model) if config.adapter else base
     bf16 = config.bf16 is not False and (use_gpu or config.bf16 is True)
@@ -132,28 +155,33 @@ def estimate_memory(
         kept = (len(kinds) + 1) * model["hidden_size"] + max(kept_width(model, kind) for kind in set(kinds))
     else:
         kept = sum(kept_width(model, kind) for kind in kinds)
+    # A frozen base is spread but for the embeddings and the head; what an adapter trains is not spread.
+    outside = 2 * model["vocab_size"] * model["hidden_size"] * compute_bytes if factors_whole else 0
+    holders = 1 if factors_whole else shard
     classes = {
-        "weights": int(dense // shard),
+        "weights": int((dense - outside) // shard + outside),
         "quantized weights": int(four_bit // shard),
         "one of them whole": whole * compute_bytes,
-        "adapters": trained * FLOAT32_BYTES // shard if config.adapter else 0,
-        "gradients": trained * FLOAT32_BYTES // shard,
-        "optimizer": trained * state_bytes // shard,
+        "adapters": trained * FLOAT32_BYTES // holders if config.adapter else 0,
+        "gradients": trained * FLOAT32_BYTES // holders,
+        "optimizer": trained * state_bytes // holders,
         "activations": int(tokens * (kept + backward) * compute_bytes),
         "logits": 2 * min(tokens, LOSS_TOKENS) * model["vocab_size"] * compute_bytes,
-        "communication": _gathered(config, model, compute_bytes) if shard > 1 else 0,
+        "communication": _gathered(config, model, compute_bytes, factors_whole) if shard > 1 else 0,
     }
     total, together = sum(classes.values()), classes["activations"] + classes["logits"]
     factors_alone = config.adapter is not None and not config.lora_modules_to_save
-    recorded = config.cuda_graphs and factors_alone and use_gpu and shard == 1
-    return Memory(classes, total if recorded else total - min(classes["gradients"], together))
+    recorded = config.cuda_graphs and factors_alone and use_gpu and (factors_whole or shard == 1)
+    peak = total if recorded else total - min(classes["gradients"], together)
+    return Memory(classes, peak, factors_whole)
 
 
-def _gathered(config: Config, model: Mapping[str, Any], compute_bytes: int) -> int:
-    """Bytes of the two largest blocks that FSDP2 holds whole at a time."""
+def _gathered(config: Config, model: Mapping[str, Any], compute_bytes: int, frozen: bool) -> int:
+    """Bytes of the blocks that are whole at a time: of a frozen base two of each kind, by FSDP2 the two
+    largest."""
     held = compute_bytes if config.adapter else FLOAT32_BYTES
-    largest = 0
-    for kind in set(block_types(model)):
+    kinds, sizes = block_types(model), []
+    for kind in set(kinds):
         count = sum(out * into for out, into in linear_shapes(model, kind).values())
         bits = 4.2 if config.load_in_4bit else 8 * held
         size = count * bits / 8
@@ -161,15 +189,16 @@ def _gathered(config: Config, model: Mapping[str, Any], compute_bytes: int) -> i
             bits = 4.2 if config.quantize_moe_experts else 8 * held
             each = sum(out * into for out, into in expert_shapes(model).values())
             size += model["n_routed_experts"] * each * bits / 8
-        largest = max(largest, int(size))
-    return 2 * largest
+        sizes.append(int(size) * min(2, kinds.count(kind)))
+    return sum(sizes) if frozen else max(sizes)
 
 
 def most_tokens(config: Config, model: Mapping[str, Any], shard: int, room_bytes: float) -> int:
     """The longest micro-batch, in tokens, that fits into `room_bytes` of a GPU; 0 where none does."""
 
     def fits(tokens: int) -> bool:
-        return estimate_memory(config, model, shard, use_gpu=True, tokens=tokens).peak <= room_bytes
+        found = estimate_memory(config, model, shard, use_gpu=True, tokens=tokens, room_bytes=room_bytes)
+        return found.peak <= room_bytes
 
     if not fits(1):
         return 0

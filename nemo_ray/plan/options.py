@@ -67,7 +67,9 @@ def options(config: Config, model: Mapping[str, Any], gpu: Gpu, num_gpus: int) -
         changed = config.model_copy(update=keys)
         room = FULL * gpu.memory_bytes
         sizes = shard_sizes(changed, num_gpus)
-        estimates = {size: estimate_memory(changed, model, size, use_gpu=True) for size in sizes}
+        estimates = {
+            size: estimate_memory(changed, model, size, use_gpu=True, room_bytes=room) for size in sizes
+        }
         shard = next((size for size in sizes if estimates[size].peak <= room), sizes[-1])
         tokens = changed.micro_batch_size * changed.sequence_len
         found.append(
@@ -95,7 +97,8 @@ def recommend(found: list[Option]) -> Option | None:
 
 def fewest_gpus(config: Config, model: Mapping[str, Any], gpu: Gpu, most: int = 64) -> int | None:
     """How many GPUs hold a copy of the weights together, and train; None where `most` do not."""
+    room = FULL * gpu.memory_bytes
     for exponent in range(int(math.log2(most)) + 1):
-        if estimate_memory(config, model, 2**exponent, use_gpu=True).peak <= FULL * gpu.memory_bytes:
+        if estimate_memory(config, model, 2**exponent, use_gpu=True, room_bytes=room).peak <= room:
             return int(2**exponent)
     return None

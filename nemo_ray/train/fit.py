@@ -32,7 +32,7 @@ def check_fit(
     room = largest.memory_bytes * min(1.0, wanted.per_worker["GPU"])
     count = wanted.num_workers
     sizes = shard_sizes(config, count)
-    least = min(estimate_memory(config, shape, size, use_gpu=True).peak for size in sizes)
+    least = min(estimate_memory(config, shape, size, use_gpu=True, room_bytes=room).peak for size in sizes)
     if least > room:
         raise ConfigError(
             f"the run takes about {least / GIB:.1f} GiB on each of {count} GPU(s), and {largest.name} has "

@@ -1,9 +1,13 @@
 """How a model lies over the workers: recomputation first, then FSDP2 over a mesh, or plain copies.
 
 Three layouts, from two integers whose product is the number of workers:
-- shard = all: each worker holds a part of every block (FSDP2);
+- shard = all: each worker holds a part of every block;
 - replicate x shard: sharded within a group, copied across groups (HSDP);
 - shard = 1: each worker holds the whole model, and only gradients are summed. FSDP2 would keep a second copy.
+
+Where all weights train FSDP2 shards them, with gradients and the optimizer's states. A frozen base is spread
+by frozen_shards.py, and what the adapter trains is whole on each worker; where that takes too much memory, FSDP2
+shards both.
 
 The sum over copies is one collective after the backward pass. Sent block by block beside that pass, it kept
 multiprocessors from matrix products that are laid out for all of them: on two H200 these took 14 ms longer in
@@ -24,6 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from nemo_ray.errors import ConfigError
+from nemo_ray.train.frozen_shards import FrozenShards
 
 ALIGNED = 64  # elements: where a gradient begins among all, kernels that read 16 bytes at once can begin too
 
@@ -72,9 +77,12 @@ class Layout:
 class Parallel:
     """What the step needs to know of the layout."""
 
-    def __init__(self, model: nn.Module, layout: Layout, world_size: int) -> None:
-        self.model, self.layout = model, layout
-        self.sharded = layout.shard > 1
+    def __init__(
+        self, model: nn.Module, layout: Layout, world_size: int, frozen: FrozenShards | None = None
+    ) -> None:
+        self.model, self.layout, self.frozen = model, layout, frozen
+        self.sharded = layout.shard > 1 and frozen is None
+        """Whether what trains is sharded, which FSDP2 does."""
         self.world_size = world_size
         # FSDP2 averages gradients over all workers; the loss is divided by the global number of targets.
         self.loss_scale = float(world_size) if self.sharded else 1.0
@@ -92,8 +100,13 @@ class Parallel:
 
     @property
     def sums_gradients(self) -> bool:
-        """Whether `sync_gradients` has copies to sum over. Where the model is sharded FSDP2 does that."""
+        """Whether `sync_gradients` has copies of what trains to sum over; otherwise FSDP2 does that."""
         return self.world_size > 1 and not self.sharded
+
+    def hold_weights(self, device: torch.device) -> None:
+        """After the model was filled: put a frozen base that is spread in its place."""
+        if self.frozen is not None:
+            self.frozen.hold(self.model, device)
 
     def hold_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Where there are copies, make each parameter's gradient a part of one tensor, in which it stays."""
@@ -111,11 +124,14 @@ class Parallel:
             dist.all_reduce(self._gradients)
 
 
-def parallelize(model: nn.Module, layout: Layout, device: torch.device, recompute: bool) -> Parallel:
-    """Lay a model that is still on meta over the workers, in place.
+def parallelize(
+    model: nn.Module, layout: Layout, device: torch.device, recompute: bool, factors_whole: bool = True
+) -> Parallel:
+    """Lay a model that is still on meta over the workers, in place; `hold_weights` follows when it is filled.
 
     Args:
         recompute: whether every block makes its activations again in the backward pass.
+        factors_whole: whether each worker is to hold all of what trains beside a frozen base.
 
     Its methods `packed_logits` and `target_log_probs` may then be called on every worker together.
     """
@@ -129,6 +145,9 @@ def parallelize(model: nn.Module, layout: Layout, device: torch.device, recomput
             )
         else:
             mesh = init_device_mesh(device.type, (layout.shard,), mesh_dim_names=("shard",))
+        if factors_whole and any(not p.requires_grad for p in model.model.layers.parameters()):
+            frozen = FrozenShards(model, mesh["shard"].get_group())
+            return Parallel(model, layout, world_size, frozen)
         for block in model.model.layers:
             fully_shard(block, mesh=mesh)
         # The root keeps its parameters whole after a forward pass by default: between an evaluation and the

@@ -30,7 +30,7 @@ from nemo_ray.model.prompt import read_tokenizer
 from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
 from nemo_ray.model.ssd import missing_kernels
-from nemo_ray.plan import FULL, estimate_memory, flop_per_token, seen_gpu
+from nemo_ray.plan import FULL, Memory, estimate_memory, flop_per_token, seen_gpu
 from nemo_ray.run_dir import RunDir
 from nemo_ray.targets import read_shape
 from nemo_ray.train.checkpoint import TrainState, load_checkpoint, load_weights
@@ -160,7 +160,7 @@ def watched(
             reclaimed=reclaimed,
             top_tokens_per_s=top_speed(config, base, device),
         )
-        # Sharded, all are made again: keeping was measured on whole models only.
+        # Under FSDP2 all are made again: keeping was measured with what trains whole only.
         whole = device.type == "cuda" and not trainee.parallel.sharded
         if config.gradient_checkpointing == "auto" and whole:
             kept = trainer.update.keep_activations(config.sequence_len)
@@ -286,12 +286,13 @@ def make_trainee(
     model_config = read_model_config(base)
     model, targets = build(model_config, config.adapter_config, precision, device)
     bind_loss(model)
-    layout = choose_layout(config, base, device)
+    layout, factors_whole = choose_layout(config, base, device)
     auto = config.gradient_checkpointing == "auto"  # on a GPU: all of them, until it is known what fits
     recompute = device.type == "cuda" if auto else bool(config.gradient_checkpointing)
-    parallel = parallelize(model, layout, device, recompute)
+    parallel = parallelize(model, layout, device, recompute, factors_whole)
     source = None if config.reinit_weights else base
     fill(model, source, seed=config.seed, device=device, adapter_seed=config.seed)
+    parallel.hold_weights(device)
     if config.adapter and config.lora_model_dir:
         load_adapter(model, config.adapter_config, config.lora_model_dir)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -299,23 +300,26 @@ def make_trainee(
     return Trainee(model.train(), parameters, optimizer, parallel, device), targets
 
 
-def choose_layout(config: Config, base: str, device: torch.device) -> Layout:
-    """The layout that is asked for; else on GPUs the one that fits, and on CPUs everything sharded.
+def choose_layout(config: Config, base: str, device: torch.device) -> tuple[Layout, bool]:
+    """The layout that is asked for; else on GPUs the one that fits, and on CPUs everything sharded. And
+    whether each worker holds all that an adapter trains.
 
     Called on every worker together: all choose by the GPU that has the least memory.
     """
     world_size, asked = dist.get_world_size(), (config.dp_shard_size, config.dp_replicate_size)
     if device.type != "cuda":
-        return Layout.choose(world_size, *asked)
+        return Layout.choose(world_size, *asked), True
     total = torch.cuda.mem_get_info(device)[1] * torch.cuda.get_per_process_memory_fraction()
     least = torch.tensor(int(total), dtype=torch.int64)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    shape = read_shape(base)
+    shape, room = read_shape(base), FULL * int(least)
 
-    def fits(shard: int) -> bool:
-        return estimate_memory(config, shape, shard, use_gpu=True).peak <= FULL * int(least)
+    def estimate(shard: int) -> Memory:
+        return estimate_memory(config, shape, shard, use_gpu=True, room_bytes=room)
 
-    return Layout.choose(world_size, *asked, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), fits)
+    node_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    layout = Layout.choose(world_size, *asked, node_size, lambda shard: estimate(shard).peak <= room)
+    return layout, estimate(layout.shard).factors_whole
 
 
 def complete_prompts(trainer: Trainer, config: Config, base: str, stage: str, step: int) -> None:

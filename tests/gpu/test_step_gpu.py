@@ -138,7 +138,7 @@ def test_what_fits_is_kept_and_changes_no_gradient(monkeypatch):
     }
     _, kept = gradients(model, parameters, micro)
     with monkeypatch.context() as patch:  # a share of the GPU that is used up already
-        patch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.01)
+        patch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.001)
         assert not any(activations.keep_what_fits(model, GPU, forward).values())
     monkeypatch.setattr(activations, "SPARE_BYTES", 2**50)
     assert not any(activations.keep_what_fits(model, GPU, forward).values())

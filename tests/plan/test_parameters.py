@@ -48,16 +48,28 @@ def test_the_bytes_of_a_4bit_base_are_those_of_the_model(experts):
     assert sum(base_bytes(config, shape.to_dict(), 2)) == pytest.approx(held - kept_float32)
 
 
+OF_FACTORS = ("adapters", "gradients", "optimizer")
+
+
 def test_memory_follows_sharding_precision_and_recomputation():
     shape = tiny_config().to_dict()
 
-    def estimate(shard: int = 1, use_gpu: bool = False, **keys: object) -> dict[str, int]:
+    def estimate(
+        shard: int = 1, use_gpu: bool = False, room_bytes: float | None = None, **keys: object
+    ) -> dict[str, int]:
         config = Config(base_model="x", datasets=[{"path": "y"}], **(ALL_TARGETS | keys))
-        return estimate_memory(config, shape, shard, use_gpu).classes
+        return estimate_memory(config, shape, shard, use_gpu, room_bytes=room_bytes).classes
 
     whole = estimate()
     assert whole["weights"] == 4 * count_base(shape)
     assert estimate(use_gpu=True)["weights"] == whole["weights"] // 2
-    assert estimate(shard=4)["weights"] == whole["weights"] // 4
+    outside = 2 * 4 * shape["vocab_size"] * shape["hidden_size"]  # whole on each worker, as factors are
+    spread = estimate(shard=4)
+    assert spread["weights"] == (whole["weights"] - outside) // 4 + outside
+    assert [spread[name] for name in OF_FACTORS] == [whole[name] for name in OF_FACTORS]
+    everything = estimate(shard=4, room_bytes=0)
+    assert everything["weights"] == whole["weights"] // 4
+    assert [everything[name] for name in OF_FACTORS] == [whole[name] // 4 for name in OF_FACTORS]
+    assert spread["communication"] > everything["communication"] > 0
     assert estimate(gradient_checkpointing=True)["activations"] < whole["activations"]
     assert estimate(adapter=None)["optimizer"] == 8 * count_base(shape)

@@ -19,7 +19,7 @@ from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
 from nemo_ray.train.loss import IGNORED, bind_loss, next_token_targets
 from nemo_ray.train.optim import clip_gradients, make_optimizer
-from nemo_ray.train.parallelize import Layout, parallelize
+from nemo_ray.train.parallelize import Layout, Parallel, parallelize
 from tests.group import run_in_group
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
 
@@ -43,6 +43,7 @@ def micro_batches() -> list[tuple[PackedBatch, torch.Tensor]]:
 class Case:
     adapter: dict = field(default_factory=dict)
     precision: Precision = Precision()
+    factors_whole: bool = True
     optimizer: str = "adamw_torch"
     tolerance: float = 2e-5  # of losses and gradient norms
     weights: float = 1e-3  # of what was trained
@@ -56,6 +57,10 @@ CASES = {
             "lora_target_modules": ("q_proj",),
             "lora_target_parameters": ("experts.up_proj",),
         }
+    ),
+    "lora, factors sharded too": Case(ALL_TARGETS, factors_whole=False),
+    "4-bit, factors sharded too": Case(
+        ALL_TARGETS, Precision(linears_4bit=True, experts_4bit=True), factors_whole=False
     ),
     "full": Case(),
     "whole modules and ranks": Case(
@@ -71,13 +76,16 @@ CASES = {
 }
 
 
-def train(layout: Layout, rank: int, case: Case, checkpointing: bool) -> tuple[nn.Module, list[float]]:
+def train(
+    layout: Layout, rank: int, case: Case, checkpointing: bool
+) -> tuple[nn.Module, list[float], Parallel]:
     """Three steps of AdamW; returns the model and each step's loss and gradient norm."""
     world = layout.replicate * layout.shard
     model, targets = build(tiny_config(latent=32), AdapterSection(**case.adapter), case.precision, CPU)
     bind_loss(model)
-    parallel = parallelize(model, layout, CPU, checkpointing)
+    parallel = parallelize(model, layout, CPU, checkpointing, case.factors_whole)
     fill(model, None, seed=3, device=CPU, adapter_seed=4)
+    parallel.hold_weights(CPU)
     self_test(model, targets, CPU, case.precision.compute)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(named.values())
@@ -104,19 +112,34 @@ def train(layout: Layout, rank: int, case: Case, checkpointing: bool) -> tuple[n
             torch._foreach_zero_([parameter.grad for parameter in parameters])
         else:
             optimizer.zero_grad()
-    return model, figures
+    return model, figures, parallel
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def check_spread_weights(model: nn.Module, reference: nn.Module, parallel: Parallel) -> None:
+    """Gathered, they are those of one worker; and a worker holds its part of them, not all."""
+    named = dict(reference.named_parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    for block in range(len(model.model.layers)):
+        weights = list(parallel.frozen.whole(block))
+        assert weights
+        for weight in weights:
+            plain = named[names[id(weight)]]
+            assert torch.equal(weight.detach().view(torch.uint8), plain.detach().view(torch.uint8))
+    held = sum(w.part.nbytes for of_block in parallel.frozen._weights for w in of_block)
+    whole_bytes = sum(w.parameter.nbytes for of_block in parallel.frozen._weights for w in of_block)
+    assert held < 1.1 * whole_bytes / parallel.layout.shard
+
+
 def compare_layouts(rank: int, folder: str, name: str) -> None:
     case = CASES[name]
-    reference, expected = train(Layout(1, 1), 0, case, checkpointing=False)
+    reference, expected, _ = train(Layout(1, 1), 0, case, checkpointing=False)
     assert expected[-2] < 0.95 * expected[0], expected
     for layout in (Layout(1, 4), Layout(2, 2), Layout(4, 1)):
-        model, figures = train(layout, rank, case, checkpointing=layout.replicate == 2)
+        model, figures, parallel = train(layout, rank, case, checkpointing=layout.replicate == 2)
         torch.testing.assert_close(
             torch.tensor(figures),
             torch.tensor(expected),
@@ -124,6 +147,11 @@ def compare_layouts(rank: int, folder: str, name: str) -> None:
             atol=1e-6,
             msg=f"{name} {layout} {figures} {expected}",
         )
+        assert (parallel.frozen is not None) == (
+            layout.shard > 1 and bool(case.adapter) and case.factors_whole
+        )
+        if parallel.frozen is not None:
+            check_spread_weights(model, reference, parallel)
         for (key, ours), (_, plain) in zip(
             model.named_parameters(), reference.named_parameters(), strict=True
         ):
@@ -131,7 +159,7 @@ def compare_layouts(rank: int, folder: str, name: str) -> None:
                 # As a whole: AdamW makes a step of full size of a gradient that is all rounding.
                 off = float((whole(ours) - plain.detach()).norm() / plain.detach().norm())
                 assert off < case.weights, f"{name} {layout} {key} {off:.1e}"
-            else:
+            elif parallel.frozen is None or ".layers." not in key:
                 # As bytes: what is in 4 bits may be called bfloat16, and then some of it is no number.
                 assert torch.equal(whole(ours).view(torch.uint8), plain.view(torch.uint8)), key
     if case.adapter:
@@ -145,7 +173,7 @@ def compare_layouts(rank: int, folder: str, name: str) -> None:
 
 
 SAMPLED = "lora"
-RARE = ("lora on few", "8-bit states", "4-bit")
+RARE = ("lora on few", "8-bit states", "4-bit, factors sharded too")
 
 
 def marked(name):

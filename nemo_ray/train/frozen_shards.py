@@ -1,0 +1,273 @@
+"""The frozen base of an adapter run, spread over workers: each holds some rows of every weight.
+
+FSDP2 moves such a weight in and out of a buffer around each collective, by kernels that take a GPU's time and
+memory bandwidth from the step. A weight that never changes needs none of that. Here a worker's rows lie ready
+to be sent, a block's weights are views into one of two buffers of its kind, and rows arrive where they are
+used. Within a host a worker takes them out of the others' memory by itself: the GPUs' copy engines do it, no
+multiprocessor, and since nobody ever writes there, nobody waits for anybody. Over hosts it is one all-gather
+a weight. All addresses stay, so a step can be recorded as a CUDA graph.
+
+What trains, an adapter's factors, each worker holds whole, as where the base is not spread (parallelize.py).
+"""
+
+import socket
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nemo_ray.model.sharding import RowShard
+
+AHEAD = (
+    2  # blocks whose weights are fetched while one computes: an expert block takes longer than a Mamba block
+)
+BUFFERS = 2  # of each kind of block
+ALIGNED = 256  # bytes
+
+
+@dataclass
+class _Weight:
+    """One weight of a block."""
+
+    parameter: nn.Parameter
+    shape: torch.Size
+    start: int
+    """Of its bytes in the block's buffer."""
+    part: torch.Tensor
+    """This worker's rows, as many as every worker's; the last ones may be padding."""
+    gathered: torch.Tensor
+    """(workers, rows...) in the buffer: what the parameter is a view of."""
+    sources: list[torch.Tensor]
+    """Where a worker can read each worker's part; empty where they are sent."""
+
+
+@dataclass
+class _Buffer:
+    """Memory for one block's weights at a time."""
+
+    block: int | None = None
+    arrived: Any = None
+    """Event after the last of its weights."""
+
+
+class _Reached(torch.autograd.Function):
+    """Nothing; tells of a block's output that its backward pass begins."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, tell: Any) -> torch.Tensor:
+        ctx.tell = tell
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        ctx.tell()
+        return grad, None
+
+
+class FrozenShards:
+    """Spreads the frozen weights of a model's blocks over the workers of `group`, by rows.
+
+    In this order: made on meta; the model filled, which asks `model.row_shards` for this worker's rows; `hold`.
+    After that the model is called as ever.
+    """
+
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
+        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        self.blocks: list[nn.Module] = list(model.model.layers)
+        self.reached_first = next(
+            index
+            for index, block in enumerate(self.blocks)
+            if any(p.requires_grad for p in block.parameters())
+        )
+        model.row_shards = {}
+        for prefix, block in model.model.layers.named_children():
+            for name, parameter in _spread_of(block):
+                shape = parameter.shape
+                rows = -(-shape[0] // self.size)
+                first = min(self.rank * rows, shape[0])
+                count = min(rows, shape[0] - first)
+                model.row_shards[f"model.layers.{prefix}.{name}"] = RowShard(shape, first, count)
+                parameter.data = parameter.data.new_empty(rows, *shape[1:])
+        self._shapes = {name: shard.shape for name, shard in model.row_shards.items()}
+        self._weights: list[list[_Weight]] = []
+        self._buffer_of: list[_Buffer] = []
+        self._in_backward: int | None = None
+        self._stream: torch.cuda.Stream | None = None
+        model.model.embeddings.register_forward_pre_hook(lambda *_: self._begin())
+        for index, block in enumerate(self.blocks):
+            block.make_whole = partial(self._before_forward, index)
+            block.register_forward_pre_hook(lambda *_, index=index: self._before_forward(index))
+            block.register_forward_hook(lambda *args, index=index: self._after_forward(index, args[-1]))
+
+    def hold(self, model: nn.Module, device: torch.device) -> None:
+        """Take over the rows that the model was filled with, and make its parameters whole in shape."""
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+        readable = self._can_read_each_other(device)
+        kinds = [block.block_type for block in self.blocks]
+        plans = [self._plan(index, block) for index, block in enumerate(self.blocks)]
+        memory: dict[str, list[torch.Tensor]] = {}
+        buffers: dict[str, list[_Buffer]] = defaultdict(list)
+        turn: dict[str, int] = defaultdict(int)
+        for kind in set(kinds):
+            size = max(total for (_, total), its in zip(plans, kinds, strict=True) if its == kind)
+            count = min(BUFFERS, kinds.count(kind))
+            memory[kind] = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
+            buffers[kind] = [_Buffer() for _ in range(count)]
+        for (weights, _), kind in zip(plans, kinds, strict=True):
+            place = turn[kind] % len(buffers[kind])
+            turn[kind] += 1
+            self._buffer_of.append(buffers[kind][place])
+            self._weights.append(self._place(weights, memory[kind][place], readable))
+        del model.row_shards
+
+    def whole(self, block: int) -> Iterator[torch.Tensor]:
+        """The frozen weights of a block that are spread, whole; every worker must ask."""
+        self._begin()
+        self._before_forward(block)
+        return (weight.parameter for weight in self._weights[block])
+
+    # -- where the weights lie -------------------------------------------------------------------
+
+    def _plan(self, index: int, block: nn.Module) -> tuple[list[tuple[nn.Parameter, torch.Size, int]], int]:
+        """(parameter, whole shape, start) of each weight of a block, and the bytes of its buffer."""
+        found, end = [], 0
+        for name, parameter in _spread_of(block):
+            found.append((parameter, self._shapes[f"model.layers.{index}.{name}"], end))
+            num_bytes = self.size * parameter.numel() * parameter.itemsize
+            end += -(-num_bytes // ALIGNED) * ALIGNED
+        return found, end
+
+    def _place(
+        self, weights: list[tuple[nn.Parameter, torch.Size, int]], buffer: torch.Tensor, readable: bool
+    ) -> list[_Weight]:
+        sizes = [-(-p.numel() * p.itemsize // ALIGNED) * ALIGNED for p, _, _ in weights]
+        parts, peers = self._memory_for_parts(sum(sizes), buffer.device, readable)
+        placed, end = [], 0
+        for (parameter, shape, start), size in zip(weights, sizes, strict=True):
+            rows = parameter.data
+
+            def view(memory: torch.Tensor, at: int = end, like: torch.Tensor = rows) -> torch.Tensor:
+                return memory[at : at + like.numel() * like.itemsize].view(like.dtype).view(like.shape)
+
+            part = view(parts)
+            part.copy_(rows)
+            num_bytes = self.size * rows.numel() * rows.itemsize
+            gathered = buffer[start : start + num_bytes].view(rows.dtype).view(self.size, *rows.shape)
+            parameter.data = gathered.flatten(0, 1)[: shape[0]]
+            placed.append(_Weight(parameter, shape, start, part, gathered, [view(peer) for peer in peers]))
+            end += size
+        return placed
+
+    def _memory_for_parts(
+        self, num_bytes: int, device: torch.device, readable: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Memory for a block's parts, and all workers' as this one can read them."""
+        if not readable:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=device), []
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+        shared = symmetric_memory.rendezvous(own, self.group)
+        peers = [shared.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(self.size)]
+        peers[self.rank] = own
+        return own, peers
+
+    def _can_read_each_other(self, device: torch.device) -> bool:
+        """Whether all workers of the group are on GPUs of one host that reach each other's memory."""
+        if device.type != "cuda":
+            return False
+        mine = (
+            socket.gethostname(),
+            device.index if device.index is not None else torch.cuda.current_device(),
+        )
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, mine, group=self.group)
+        can = (
+            all(
+                host == mine[0] and (index == mine[1] or torch.cuda.can_device_access_peer(mine[1], index))
+                for host, index in found
+            )
+            and len(set(found)) == self.size
+        )
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, can, group=self.group)
+        return all(every)
+
+    # -- when they are fetched -------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """A pass over all blocks begins: with nothing, so that every pass does the same."""
+        self._in_backward = None
+        for buffer in self._buffer_of:
+            buffer.block = None
+
+    def _before_forward(self, index: int) -> None:
+        if self._in_backward == index and self._buffer_of[index].block == index:
+            return  # the block's activations are made again, in its backward pass
+        self._in_backward = None
+        self._use(index, range(index + 1, min(index + 1 + AHEAD, len(self.blocks))))
+
+    def _after_forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        if not hidden.requires_grad:
+            return hidden
+        reached: torch.Tensor = _Reached.apply(hidden, partial(self._before_backward, index))
+        return reached
+
+    def _before_backward(self, index: int) -> None:
+        self._in_backward = index
+        self._use(index, range(index - 1, max(index - 1 - AHEAD, self.reached_first - 1), -1))
+
+    def _use(self, index: int, coming: range) -> None:
+        """Have block `index` whole for what the current stream does next, and fetch those that come."""
+        self._fetch(index)
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_event(self._buffer_of[index].arrived)
+            needed = {index}
+            for following in coming:
+                needed.add(following)
+                if self._buffer_of[following].block in needed - {following}:
+                    break
+                self._fetch(following)
+
+    def _fetch(self, index: int) -> None:
+        buffer = self._buffer_of[index]
+        if buffer.block == index:
+            return
+        buffer.block = index
+        if self._stream is None:
+            for weight in self._weights[index]:
+                self._gather(weight)
+            return
+        # All that used this buffer before is in the current stream already.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for weight in self._weights[index]:
+                self._gather(weight)
+            buffer.arrived = self._stream.record_event()
+
+    def _gather(self, weight: _Weight) -> None:
+        if weight.sources:
+            for step in range(self.size):  # each begins with its own, so that they do not crowd at one
+                rank = (self.rank + step) % self.size
+                weight.gathered[rank].copy_(weight.sources[rank], non_blocking=True)
+        else:
+            dist.all_gather_into_tensor(
+                weight.gathered.view(-1).view(torch.uint8),
+                weight.part.view(-1).view(torch.uint8),
+                group=self.group,
+            )
+
+
+def _spread_of(block: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The weights of a block that are spread: all that are frozen, but vectors."""
+    return [
+        (name, parameter)
+        for name, parameter in block.named_parameters()
+        if not parameter.requires_grad and parameter.dim() > 1
+    ]
