@@ -72,8 +72,8 @@ class _Reached(torch.autograd.Function):
 class FrozenShards:
     """Spreads the frozen weights of a model's blocks over the workers of `group`, by rows.
 
-    In this order: made on meta; the model filled, which asks `model.row_shards` for this worker's rows; `hold`.
-    After that the model is called as ever.
+    In this order: made on meta; the model filled, which asks `model.row_shards` for this worker's rows;
+    `hold`. After that the model is called as ever.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:

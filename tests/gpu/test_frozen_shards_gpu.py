@@ -35,7 +35,7 @@ def compare(rank: int, by_copies: bool, four_bits: bool) -> None:
     device = torch.device("cuda", rank)
     group = dist.new_group(backend="nccl")
     precision = Precision(torch.bfloat16, torch.bfloat16, **(FOUR_BITS if four_bits else {}))
-    config = tiny_config(latent=64, hybrid_override_pattern=PATTERN, **SHAPE)
+    config = tiny_config(latent=64, pattern=PATTERN, **SHAPE)
 
     def make(spread: bool):
         model, _ = build(config, AdapterSection(**ALL_TARGETS), precision, device)
