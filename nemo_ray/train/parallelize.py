@@ -6,8 +6,8 @@ Three layouts, from two integers whose product is the number of workers:
 - shard = 1: each worker holds the whole model, and only gradients are summed. FSDP2 would keep a second copy.
 
 Where all weights train FSDP2 shards them, with gradients and the optimizer's states. A frozen base is spread
-by frozen_shards.py, and what the adapter trains is whole on each worker; where that takes too much memory, FSDP2
-shards both.
+by frozen_shards.py, and what the adapter trains is whole on each worker; where that takes too much memory,
+FSDP2 shards both.
 
 The sum over copies is one collective after the backward pass. Sent block by block beside that pass, it kept
 multiprocessors from matrix products that are laid out for all of them: on two H200 these took 14 ms longer in

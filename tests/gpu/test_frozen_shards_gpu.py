@@ -10,8 +10,8 @@ from nemo_ray.train.frozen_shards import FrozenShards
 from nemo_ray.train.graph import CudaRecorder, GraphedPasses
 from nemo_ray.train.loss import bind_loss
 from nemo_ray.train.micro_batch import MicroBatch
-from tests.group import run_in_group
 from tests.gpu.test_step_gpu import FOUR_BITS, SHAPE
+from tests.group import run_in_group
 from tests.model.shapes import ALL_TARGETS, randomize_lora, tiny_config
 from tests.train.test_graph import LAYOUTS, micro_batch
 
