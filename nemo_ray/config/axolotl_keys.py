@@ -110,10 +110,10 @@ FOREIGN: tuple[Foreign, ...] = (
         (False, "auto"),
     ),
     # Parallelism and start-up.
-    notice("deepspeed", "torch's FSDP2 runs instead; dp_shard_size and dp_replicate_size shape it"),
+    notice("deepspeed", "not used: dp_shard_size and dp_replicate_size lay the model over workers"),
     notice(
         "fsdp fsdp_config fsdp_version fsdp_final_state_dict_type accelerator_config",
-        "FSDP2 shards block by block; dp_shard_size (1: whole copies) and dp_replicate_size shape it",
+        "dp_shard_size (1: whole copies) and dp_replicate_size lay the model over workers, block by block",
     ),
     refuse(
         "context_parallel_size tensor_parallel_size expert_parallel_size pipeline_parallel_size",

@@ -78,7 +78,7 @@ class ModelSection(Section):
         "auto",
         description="Recompute activations block by block in the backward pass (non-reentrant): `auto` in "
         "those blocks whose activations do not fit into the GPU's memory, which is measured at the start "
-        "(on a CPU in none, where the weights are sharded in all), `true` in all, `false` in none.",
+        "(on a CPU in none; in all where what trains is sharded), `true` in all, `false` in none.",
     )
 
 
@@ -404,8 +404,8 @@ class TrainSection(Section):
     cuda_graphs: Bool = Field(
         True,
         description="Record the forward and backward passes of a step as CUDA graphs and replay them, on a "
-        "GPU that holds the whole model, where LoRA factors alone train and without `lora_dropout`; "
-        "elsewhere they run as they are.",
+        "GPU, where LoRA factors alone train and without `lora_dropout`; elsewhere, and where factors are "
+        "sharded, they run as they are.",
     )
     max_grad_norm: Annotated[Positive | None, Kind("a number, 0 or more")] = Field(
         1.0, description="Gradients are scaled down to this norm, over all workers; 0 switches it off."
@@ -474,8 +474,9 @@ class TrainSection(Section):
     )
     dp_shard_size: PositiveInt | None = Field(
         None,
-        description="Workers that share one copy of the weights (FSDP2); 1: each holds all of them. Without "
-        "this key and the next, on GPUs the fewest that have the memory, on CPUs all.",
+        description="Workers that share one copy of the weights; 1: each holds all of them. Without this key "
+        "and the next, on GPUs the fewest that have the memory, on CPUs all. What an adapter trains is whole "
+        "on each, unless the memory is too small for that.",
     )
     dp_replicate_size: PositiveInt | None = Field(
         None, description="Groups of dp_shard_size workers; each group holds a copy of the weights."

@@ -4,8 +4,8 @@ FSDP2 moves such a weight in and out of a buffer around each collective, by kern
 memory bandwidth from the step. A weight that never changes needs none of that. Here a worker's rows lie ready
 to be sent, a block's weights are views into one of two buffers of its kind, and rows arrive where they are
 used. Within a host a worker takes them out of the others' memory by itself: the GPUs' copy engines do it, no
-multiprocessor, and since nobody ever writes there, nobody waits for anybody. Over hosts it is one all-gather
-a weight. All addresses stay, so a step can be recorded as a CUDA graph.
+multiprocessor, and since nobody writes there any more, nobody waits for anybody. Over hosts it is one
+all-gather a weight. All addresses stay, so a step can be recorded as a CUDA graph.
 
 What trains, an adapter's factors, each worker holds whole, as where the base is not spread (parallelize.py).
 """
@@ -23,8 +23,11 @@ from torch import nn
 
 from nemo_ray.model.sharding import RowShard
 
+# torch 2.13's name for it; there the older one warns.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 AHEAD = (
-    2  # blocks whose weights are fetched while one computes: an expert block takes longer than a Mamba block
+    2  # blocks whose weights are fetched while one computes: those of experts take longer than a Mamba block
 )
 BUFFERS = 2  # of each kind of block
 ALIGNED = 256  # bytes
@@ -35,9 +38,6 @@ class _Weight:
     """One weight of a block."""
 
     parameter: nn.Parameter
-    shape: torch.Size
-    start: int
-    """Of its bytes in the block's buffer."""
     part: torch.Tensor
     """This worker's rows, as many as every worker's; the last ones may be padding."""
     gathered: torch.Tensor
@@ -51,8 +51,8 @@ class _Buffer:
     """Memory for one block's weights at a time."""
 
     block: int | None = None
-    arrived: Any = None
-    """Event after the last of its weights."""
+    arrived: tuple[torch.cuda.Event, ...] = ()
+    """After the last of its weights."""
 
 
 class _Reached(torch.autograd.Function):
@@ -97,7 +97,10 @@ class FrozenShards:
         self._weights: list[list[_Weight]] = []
         self._buffer_of: list[_Buffer] = []
         self._in_backward: int | None = None
-        self._stream: torch.cuda.Stream | None = None
+        # Rows of others, and this worker's own: both ways at once.
+        self._streams: tuple[torch.cuda.Stream, ...] = ()
+        self.untracked_bytes = 0
+        """Of parts that others read, which torch's allocator does not count."""
         model.model.embeddings.register_forward_pre_hook(lambda *_: self._begin())
         for index, block in enumerate(self.blocks):
             block.make_whole = partial(self._before_forward, index)
@@ -107,7 +110,7 @@ class FrozenShards:
     def hold(self, model: nn.Module, device: torch.device) -> None:
         """Take over the rows that the model was filled with, and make its parameters whole in shape."""
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
+            self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device))
         readable = self._can_read_each_other(device)
         kinds = [block.block_type for block in self.blocks]
         plans = [self._plan(index, block) for index, block in enumerate(self.blocks)]
@@ -125,6 +128,9 @@ class FrozenShards:
             self._buffer_of.append(buffers[kind][place])
             self._weights.append(self._place(weights, memory[kind][place], readable))
         del model.row_shards
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        dist.barrier(group=self.group)  # from here on everybody may read
 
     def whole(self, block: int) -> Iterator[torch.Tensor]:
         """The frozen weights of a block that are spread, whole; every worker must ask."""
@@ -160,7 +166,7 @@ class FrozenShards:
             num_bytes = self.size * rows.numel() * rows.itemsize
             gathered = buffer[start : start + num_bytes].view(rows.dtype).view(self.size, *rows.shape)
             parameter.data = gathered.flatten(0, 1)[: shape[0]]
-            placed.append(_Weight(parameter, shape, start, part, gathered, [view(peer) for peer in peers]))
+            placed.append(_Weight(parameter, part, gathered, [view(peer) for peer in peers]))
             end += size
         return placed
 
@@ -172,6 +178,7 @@ class FrozenShards:
             return torch.empty(num_bytes, dtype=torch.uint8, device=device), []
         import torch.distributed._symmetric_memory as symmetric_memory
 
+        self.untracked_bytes += num_bytes
         own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
         shared = symmetric_memory.rendezvous(own, self.group)
         peers = [shared.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(self.size)]
@@ -182,22 +189,18 @@ class FrozenShards:
         """Whether all workers of the group are on GPUs of one host that reach each other's memory."""
         if device.type != "cuda":
             return False
-        mine = (
-            socket.gethostname(),
-            device.index if device.index is not None else torch.cuda.current_device(),
-        )
+        own = torch.cuda.current_device() if device.index is None else device.index
+        places: list[Any] = [None] * self.size
+        dist.all_gather_object(places, (socket.gethostname(), own), group=self.group)
+        others = [index for index in {index for _, index in places} if index != own]
+        can = len({host for host, _ in places}) == 1 and len(others) == self.size - 1
+        return self._all(can and all(torch.cuda.can_device_access_peer(own, index) for index in others))
+
+    def _all(self, holds: bool) -> bool:
+        """Whether it holds on all workers."""
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, mine, group=self.group)
-        can = (
-            all(
-                host == mine[0] and (index == mine[1] or torch.cuda.can_device_access_peer(mine[1], index))
-                for host, index in found
-            )
-            and len(set(found)) == self.size
-        )
-        every: list[Any] = [None] * self.size
-        dist.all_gather_object(every, can, group=self.group)
-        return all(every)
+        dist.all_gather_object(found, holds, group=self.group)
+        return all(found)
 
     # -- when they are fetched -------------------------------------------------------------------
 
@@ -226,42 +229,38 @@ class FrozenShards:
     def _use(self, index: int, coming: range) -> None:
         """Have block `index` whole for what the current stream does next, and fetch those that come."""
         self._fetch(index)
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_event(self._buffer_of[index].arrived)
-            needed = {index}
-            for following in coming:
-                needed.add(following)
-                if self._buffer_of[following].block in needed - {following}:
-                    break
-                self._fetch(following)
+        if not self._streams:
+            return
+        for event in self._buffer_of[index].arrived:
+            torch.cuda.current_stream().wait_event(event)
+        needed = {index}
+        for following in coming:
+            if self._buffer_of[following].block in needed:
+                break
+            self._fetch(following)
+            needed.add(following)
 
     def _fetch(self, index: int) -> None:
         buffer = self._buffer_of[index]
         if buffer.block == index:
             return
         buffer.block = index
-        if self._stream is None:
-            for weight in self._weights[index]:
-                self._gather(weight)
-            return
-        # All that used this buffer before is in the current stream already.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for weight in self._weights[index]:
-                self._gather(weight)
-            buffer.arrived = self._stream.record_event()
+        for stream in self._streams:  # all that used this buffer before is in the current stream already
+            stream.wait_stream(torch.cuda.current_stream())
+        for weight in self._weights[index]:
+            self._gather(weight)
+        buffer.arrived = tuple(stream.record_event() for stream in self._streams)
 
     def _gather(self, weight: _Weight) -> None:
-        if weight.sources:
-            for step in range(self.size):  # each begins with its own, so that they do not crowd at one
-                rank = (self.rank + step) % self.size
+        if not weight.sources:
+            flat = (tensor.view(-1).view(torch.uint8) for tensor in (weight.gathered, weight.part))
+            with torch.cuda.stream(self._streams[0] if self._streams else None):
+                _all_gather(*flat, group=self.group)
+            return
+        for step in range(self.size):  # each begins with its own, so that they do not crowd at one
+            rank = (self.rank + step) % self.size
+            with torch.cuda.stream(self._streams[0 if step else 1]):
                 weight.gathered[rank].copy_(weight.sources[rank], non_blocking=True)
-        else:
-            dist.all_gather_into_tensor(
-                weight.gathered.view(-1).view(torch.uint8),
-                weight.part.view(-1).view(torch.uint8),
-                group=self.group,
-            )
 
 
 def _spread_of(block: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -295,7 +295,8 @@ class Trainer:
         row["tokens_per_s"] = row["tokens"] / row["step_s"]
         if self.top_tokens_per_s is not None:
             row["mfu"] = row["tokens_per_s"] / self.top_tokens_per_s
-        row["peak_memory_bytes"] = peak_memory_bytes(self.trainee.device)
+        untracked_bytes = self.trainee.parallel.untracked_bytes
+        row["peak_memory_bytes"] = peak_memory_bytes(self.trainee.device) + untracked_bytes
         row["nonfinite_steps"] = self.state.nonfinite_steps
         self.run_dir.append_metrics(row)
         _log.info("loss %s, %.0f tokens/s", row["loss"], row["tokens_per_s"])

@@ -99,6 +99,11 @@ class Parallel:
             dist.all_reduce(value)
 
     @property
+    def untracked_bytes(self) -> int:
+        """Bytes on this worker's GPU that torch's allocator does not count."""
+        return self.frozen.untracked_bytes if self.frozen is not None else 0
+
+    @property
     def sums_gradients(self) -> bool:
         """Whether `sync_gradients` has copies of what trains to sum over; otherwise FSDP2 does that."""
         return self.world_size > 1 and not self.sharded

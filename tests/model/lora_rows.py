@@ -33,7 +33,7 @@ def compare_rows(rank: int, folder: str) -> None:
         section = section_to_shard(init)
         model, _ = build(tiny_config(), section, Precision(), CPU)
         bind_loss(model)
-        parallelize(model, Layout(1, 2), CPU, recompute=False)
+        parallelize(model, Layout(1, 2), CPU, recompute=False, factors_whole=False)
         fill(model, None, seed=0, device=CPU, adapter_seed=1)
         assert_rows_of(model, torch.load(f"{folder}/fresh-{init}.pt"))
         load_adapter(model, section, f"{folder}/adapter-{init}")

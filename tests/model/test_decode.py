@@ -19,6 +19,7 @@ from nemo_ray.model.decode import (
     state_step,
 )
 from nemo_ray.model.load import Precision, build, fill
+from nemo_ray.model.sharding import local_rows
 from nemo_ray.model.ssd import ssd_scan
 from nemo_ray.train.loss import bind_loss
 from nemo_ray.train.parallelize import Layout, parallelize
@@ -233,15 +234,17 @@ def test_top_p_keeps_the_fewest_that_have_the_share(top_p, kept):
     assert draws == kept
 
 
-def generate_sharded(rank: int) -> None:
+def generate_sharded(rank: int, factors_whole: bool) -> None:
     model, _ = build(tiny_config(latent=32), AdapterSection(**ALL_TARGETS), Precision(), CPU)
     bind_loss(model)
-    parallel = parallelize(model, Layout(1, 2), CPU, recompute=False)
-    assert parallel.sharded
+    parallel = parallelize(model, Layout(1, 2), CPU, False, factors_whole)
+    assert parallel.sharded != factors_whole
     fill(model, None, seed=3, device=CPU, adapter_seed=3)
+    parallel.hold_weights(CPU)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
-            parameter.detach().to_local().normal_(0, 0.1, generator=torch.Generator().manual_seed(rank))
+            local, first = local_rows(parameter.detach())
+            local.normal_(0, 0.1, generator=torch.Generator().manual_seed(first))
     prompt = random_ids(21)[0].tolist()
     expected = complete_greedily(model.eval().packed_logits, prompt, 20, NO_END, CPU)
     before = {name: p for name, p in model.named_parameters()}
@@ -253,5 +256,6 @@ def generate_sharded(rank: int) -> None:
 
 @pytest.mark.timeout(120)
 @pytest.mark.long
-def test_a_sharded_model_generates_the_same_and_trains_on(tmp_path):
-    run_in_group(generate_sharded, 2, tmp_path, limit_s=100)
+@pytest.mark.parametrize("factors_whole", [True, False], ids=["frozen base", "everything"])
+def test_a_sharded_model_generates_the_same_and_trains_on(tmp_path, factors_whole):
+    run_in_group(generate_sharded, 2, tmp_path, factors_whole, limit_s=100)

@@ -1,0 +1,141 @@
+"""When the weights of a spread base are fetched: ahead of their use, and never over those that are in use.
+
+What they compute is compared in test_parallelize.py, over four processes, and on GPUs in tests/gpu. Here a
+stand-in for CUDA's streams lets one process on a CPU take the way of a GPU.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nemo_ray.config.schema import AdapterSection
+from nemo_ray.model.batch import PackedBatch
+from nemo_ray.model.load import Precision, build, fill
+from nemo_ray.model.selftest import random_ids
+from nemo_ray.train.frozen_shards import BUFFERS, FrozenShards
+from nemo_ray.train.loss import bind_loss
+from tests.group import group_of_one
+from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
+
+PATTERN = "MEMEM*EMEMME*EE-ME"  # two of a kind in a row too
+BATCH = PackedBatch.from_lengths(random_ids(128, (17, 23)), [[17, 23]])
+
+
+class Stream:
+    """Does at once what it is told."""
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_event(self) -> object:
+        return object()
+
+
+def spread(monkeypatch: pytest.MonkeyPatch, **adapter: object) -> tuple[torch.nn.Module, FrozenShards]:
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    model, _ = build(
+        tiny_config(pattern=PATTERN), AdapterSection(**(ALL_TARGETS | adapter)), Precision(), CPU
+    )
+    bind_loss(model)
+    shards = FrozenShards(model, dist.group.WORLD)
+    fill(model, None, seed=3, device=CPU, adapter_seed=3)
+    shards.hold(model, CPU)
+    shards._streams = (Stream(), Stream())
+    return model.train(), shards
+
+
+@pytest.fixture
+def one_worker() -> Iterator[None]:
+    with group_of_one():
+        yield
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """("fetch", block) and ("use", block), in order; a fetch of what is there is none."""
+    found: list[tuple[str, int]] = []
+    fetch, use = FrozenShards._fetch, FrozenShards._use
+
+    def _fetch(shards: FrozenShards, index: int) -> None:
+        if shards._buffer_of[index].block != index:
+            found.append(("fetch", index))
+        fetch(shards, index)
+
+    def _use(shards: FrozenShards, index: int, coming: range) -> None:
+        use(shards, index, coming)
+        assert shards._buffer_of[index].block == index  # whatever was fetched ahead
+        found.append(("use", index))
+
+    monkeypatch.setattr(FrozenShards, "_fetch", _fetch)
+    monkeypatch.setattr(FrozenShards, "_use", _use)
+    return found
+
+
+def passes(model: torch.nn.Module, told: list[tuple[str, int]]) -> tuple[list, list]:
+    """What a forward and a backward pass do."""
+    told.clear()
+    loss = model.target_log_probs(BATCH, BATCH.input_ids).sum()
+    forward = told.copy()
+    told.clear()
+    loss.backward()
+    return forward, told.copy()
+
+
+def uses(events: list[tuple[str, int]]) -> list[int]:
+    return [block for what, block in events if what == "use"]
+
+
+@pytest.mark.usefixtures("one_worker")
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_blocks_are_fetched_before_they_are_needed(recompute, told, monkeypatch):
+    model, shards = spread(monkeypatch)
+    for block in model.model.layers:
+        block.recompute = recompute
+    count = len(PATTERN)
+    forward, backward = passes(model, told)
+    assert uses(forward) == list(range(count))
+    assert uses(backward) == list(reversed(range(count)))  # once each, also where blocks compute again
+    for events, first in ((forward, 0), (backward, count - 1)):
+        fetched_late = [
+            block
+            for at, (what, block) in enumerate(events)
+            if what == "fetch" and block != first and ("use", block) in events[at : at + 2]
+        ]
+        # Only what has no buffer yet: a third of one kind in a row.
+        assert len(fetched_late) <= PATTERN.count("EE") + PATTERN.count("MM"), events
+    assert len([1 for what, _ in backward if what == "fetch"]) < count  # the last ones are there still
+
+
+@pytest.mark.usefixtures("one_worker")
+def test_every_pass_fetches_the_same(told, monkeypatch):
+    """A recorded one does, whatever was in the buffers when it was recorded."""
+    model, _ = spread(monkeypatch)
+    first = passes(model, told)
+    with torch.no_grad():
+        model.target_log_probs(BATCH, BATCH.input_ids)
+    assert passes(model, told) == first
+    model.model.layers[3](torch.randn(1, 40, model.config.hidden_size), packed=BATCH)  # as the self-test does
+    assert passes(model, told) == first
+
+
+@pytest.mark.usefixtures("one_worker")
+def test_nothing_is_fetched_for_blocks_without_a_backward_pass(told, monkeypatch):
+    few = {"lora_target_linear": False, "lora_target_modules": ("q_proj",), "lora_target_parameters": ()}
+    model, shards = spread(monkeypatch, **few)
+    _, backward = passes(model, told)
+    assert shards.reached_first == PATTERN.index("*")
+    assert {block for _, block in backward} == set(range(PATTERN.index("*"), len(PATTERN)))
+
+
+@pytest.mark.usefixtures("one_worker")
+def test_two_blocks_of_each_kind_are_held(monkeypatch):
+    model, shards = spread(monkeypatch)
+    places = {weights[0].gathered.untyped_storage().data_ptr() for weights in shards._weights}
+    kinds = {block.block_type for block in model.model.layers}
+    assert len(places) == sum(min(BUFFERS, PATTERN.count(kind)) for kind in "ME*-")
+    assert len(kinds) == 4
