@@ -78,7 +78,7 @@ class ModelSection(Section):
         "auto",
         description="Recompute activations block by block in the backward pass (non-reentrant): `auto` in "
         "those blocks whose activations do not fit into the GPU's memory, which is measured at the start "
-        "(on a CPU in none; in all where what trains is sharded), `true` in all, `false` in none.",
+        "(on a CPU in none), `true` in all, `false` in none.",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from nemo_ray.config.schema import Config
 from nemo_ray.plan.gpus import Gpu
 from nemo_ray.plan.memory import FULL, Memory, estimate_memory, most_tokens, shard_sizes
-from nemo_ray.plan.speed import Speed, estimate_speed
+from nemo_ray.plan.speed import COPIES, SHARDED, SPREAD, Speed, estimate_speed
 
 PRICED_TOKENS = 100_000_000
 
@@ -31,9 +31,12 @@ class Option:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Of all GPUs. Sharding costs time that is not known yet: several GPUs were not measured."""
+        """Of all GPUs."""
         one = self.speed.tokens_per_s
-        return None if one is None else one * self.num_gpus
+        if one is None or self.num_gpus == 1:
+            return one
+        share = COPIES if self.shard == 1 else SPREAD if self.memory.factors_whole else SHARDED
+        return one * share * self.num_gpus
 
     def hours(self, tokens: float) -> float | None:
         """Wall time for so many tokens."""
@@ -81,7 +84,7 @@ def options(config: Config, model: Mapping[str, Any], gpu: Gpu, num_gpus: int) -
                 memory=estimates[shard],
                 fits=estimates[shard].peak <= room,
                 most_tokens=most_tokens(changed, model, shard, room),
-                speed=estimate_speed(changed, model, gpu, tokens, shard),
+                speed=estimate_speed(changed, model, gpu, tokens),
                 num_gpus=num_gpus,
             )
         )

@@ -160,9 +160,7 @@ def watched(
             reclaimed=reclaimed,
             top_tokens_per_s=top_speed(config, base, device),
         )
-        # Under FSDP2 all are made again: keeping was measured with what trains whole only.
-        whole = device.type == "cuda" and not trainee.parallel.sharded
-        if config.gradient_checkpointing == "auto" and whole:
+        if config.gradient_checkpointing == "auto" and device.type == "cuda":
             kept = trainer.update.keep_activations(config.sequence_len)
             if rank == 0:
                 run.update_run({"kept_activations": kept})

@@ -9,7 +9,8 @@ from nemo_ray.config.schema import Config
 from nemo_ray.plan.facts import find_shape
 from nemo_ray.plan.gpus import GIB, GPUS
 from nemo_ray.plan.memory import estimate_memory, most_tokens
-from nemo_ray.plan.speed import MEASURED, estimate_speed
+from nemo_ray.plan.options import options
+from nemo_ray.plan.speed import COPIES, MEASURED, SHARDED, SPREAD, estimate_speed
 
 NANO, SUPER = "nemotron-3-nano-30b-a3b", "nemotron-3-super-120b-a12b"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -83,9 +84,13 @@ def test_speed_of_what_was_measured(model, tokens, keys, run):
     assert found.tokens_per_s == pytest.approx(run.tokens_per_s, rel=0.01) and run.what in found.source
 
 
-def test_sharded_weights_mean_that_all_activations_are_made_again() -> None:
+@pytest.mark.parametrize(
+    ("keys", "share"),
+    [({}, COPIES), ({"dp_shard_size": 2}, SPREAD), ({"dp_shard_size": 2, "lora_r": 128}, SHARDED)],
+    ids=["copies", "a spread base", "factors sharded too"],
+)
+def test_two_gpus_are_less_than_twice_one(keys, share) -> None:
+    """As measured by layout; what an adapter trains is sharded too where a GPU has no room for all of it."""
     shape, _ = find_shape(NANO)
-    given = config(NANO, 8192, ATTENTION, True)
-    auto = given.model_copy(update={"gradient_checkpointing": "auto"})
-    whole, sharded = (estimate_speed(auto, shape, GPUS["h100"], 8192, size).tokens_per_s for size in (1, 2))
-    assert sharded == estimate_speed(given, shape, GPUS["h100"], 8192).tokens_per_s < whole
+    two = options(config(NANO, 8192, ATTENTION, True, **keys), shape, GPUS["h100"], 2)[0]
+    assert two.tokens_per_s == pytest.approx(2 * share * two.speed.tokens_per_s)
