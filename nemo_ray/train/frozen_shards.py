@@ -10,6 +10,7 @@ all-gather a weight. All addresses stay, so a step can be recorded as a CUDA gra
 What trains, an adapter's factors, each worker holds whole, as where the base is not spread (parallelize.py).
 """
 
+import os
 import socket
 from collections import defaultdict
 from collections.abc import Iterator
@@ -179,6 +180,7 @@ class FrozenShards:
         import torch.distributed._symmetric_memory as symmetric_memory
 
         self.untracked_bytes += num_bytes
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # it would be of no use here
         own = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
         shared = symmetric_memory.rendezvous(own, self.group)
         peers = [shared.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(self.size)]
