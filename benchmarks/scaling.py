@@ -13,8 +13,8 @@ process of its own, all in turns on one machine:
 
 Prints a table and writes JSON. Communication a step, and the part of it that nothing hides, come from a
 profile of two steps. `held` is the time for which the second checkpoint kept training from going on, `slower`
-by how much longer the eight steps after it are. Ends with 1 where a run failed, or where losses are
-further from those of the accumulated run than bf16 explains.
+by how much longer the eight steps after it are; `--brief` leaves both out, and ends after the profile. Ends
+with 1 where a run failed, or where losses are further from those of the accumulated run than bf16 explains.
 
     python benchmarks/scaling.py --gpus 2 --out scaling.json
     python benchmarks/scaling.py --gpus 2 --model tiny     # on CPUs, over gloo
@@ -43,6 +43,7 @@ TIMED = range(SKIPPED + 1, 13)  # the steps whose times count; two that are prof
 SAVE_STEPS = 32
 BESIDE_SAVING = range(2 * SAVE_STEPS + 1, 2 * SAVE_STEPS + 9)
 STEPS = BESIDE_SAVING[-1]  # the first checkpoint allocates, the second is measured, the third ends the run
+BRIEF = TIMED[-1] + 2
 ATTENTION = "lora_target_modules=[q_proj,k_proj,v_proj,o_proj]"
 LOSS_TOLERANCE = 2e-2
 
@@ -102,7 +103,11 @@ def run(
     """One run of the command; its figures, or the last line of what it said."""
     out, log = folder / name, folder / f"{name}.log"
     command = [sys.executable, "-m", "nemo_ray.train", str(ROOT / "configs" / "quickstart.yaml")]
-    command += [f"base_model={folder / 'base'}", f"output_dir={out}", f"max_steps={STEPS}"]
+    command += [
+        f"base_model={folder / 'base'}",
+        f"output_dir={out}",
+        f"max_steps={BRIEF if arguments.brief else STEPS}",
+    ]
     command += [f"dataset_prepared_path={folder / 'prepared'}", "micro_batch_size=1", "learning_rate=1e-4"]
     command += ["completion_prompts=", "evals_per_epoch=", "saves_per_epoch=", "test_datasets="]
     command += [f"save_steps={SAVE_STEPS}", "profiler_steps=2", f"profiler_steps_start={TIMED[-1]}"]
@@ -133,8 +138,8 @@ def run(
         "workers": facts["world_size"],
         "step_s": step_s,
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in timed),
-        "held_s": saving[0]["checkpoint_s"],
-        "slower": statistics.mean(row["step_s"] for row in saving) / step_s - 1,
+        "held_s": saving[0]["checkpoint_s"] if saving else None,
+        "slower": statistics.mean(row["step_s"] for row in saving) / step_s - 1 if saving else None,
         "peak_gib": max(row["peak_memory_bytes"] for row in rows) / GIB,
         "losses": [row["loss"] for row in rows],
         "step_times": [row["step_s"] for row in rows],
@@ -152,6 +157,7 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, default="nano")
     parser.add_argument("--runs", help="some of them, with commas between; all by default")
     parser.add_argument("--limit-s", type=float, default=300.0, help="seconds for a run")
+    parser.add_argument("--brief", action="store_true", help="without checkpoints; killed needs them")
     parser.add_argument("--out", type=Path, help="JSON file to write; the runs' logs beside it")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
@@ -188,11 +194,12 @@ def main() -> int:
             profile = found["profile"]
             sent_ms = profile.get("class_ms", {}).get("communication", 0.0)
             alone_ms = profile.get("communication_alone_ms", 0.0)
+            saving = "" if found["held_s"] is None else f"{found['held_s']:>7.2f} {found['slower']:>7.1%}"
             mesh = f"{found['mesh']['replicate']} x {found['mesh']['shard']}"
             print(
                 f"{name:<12} {mesh:>7} {found['per_gpu']:>15,.0f} {share:>7} {found['step_s']:>8.3f} "
                 f"{found['peak_gib']:>6.1f} {off:>9} "
-                f"{sent_ms:>8.1f} {alone_ms:>6.1f} {found['held_s']:>7.2f} {found['slower']:>7.1%}",
+                f"{sent_ms:>8.1f} {alone_ms:>6.1f} {saving}",
                 flush=True,
             )
     return int(bad)

@@ -8,7 +8,7 @@ from typing import Any
 
 # The first that matches names a kernel's class.
 CLASSES = {
-    "communication": re.compile(r"nccl", re.I),
+    "communication": re.compile(r"nccl|Memcpy PtoP", re.I),
     "scan and conv": re.compile(r"conv1d|chunk_scan|chunk_state|chunk_cumsum|bmm_chunk|state_passing", re.I),
     "attention": re.compile(r"flash|fmha|attention", re.I),
     "matmul": re.compile(r"gemm|gemv|nvjet|cutlass|matmul|splitk|bmm|grouped_mm|add_factors", re.I),

@@ -27,6 +27,7 @@ def test_overlaps_count_once(spans):
         ("void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90", "attention"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add", "other"),
         ("Memcpy DtoH (Device -> Pageable)", "other"),
+        ("Memcpy PtoP (Device -> Device)", "communication"),
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
     ],
 )
