@@ -27,9 +27,7 @@ from nemo_ray.model.sharding import RowShard
 # torch 2.13's name for it; there the older one warns.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
-AHEAD = (
-    2  # blocks whose weights are fetched while one computes: those of experts take longer than a Mamba block
-)
+AHEAD = 2  # blocks that are fetched while one computes: experts' weights take longer than a Mamba block
 BUFFERS = 2  # of each kind of block
 ALIGNED = 256  # bytes
 

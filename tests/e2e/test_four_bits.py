@@ -1,4 +1,4 @@
-"""QLoRA through the command: a base in 4 bits under FSDP2, 8-bit optimizer states, and what comes of it."""
+"""QLoRA through the command: a 4-bit base over two workers, 8-bit optimizer states, and what comes of it."""
 
 import json
 import sys
