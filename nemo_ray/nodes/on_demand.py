@@ -6,21 +6,22 @@ then at work where `ray up` runs and in the autoscaler on the head.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 _log = logging.getLogger(__name__)
 
 
-class OnDemandInstead:
+class OnDemandInstead(ABC):
     """To be mixed into a node provider, before it."""
 
     REFUSALS: ClassVar[tuple[str, ...]]
     """What the cloud's errors say where spot has no capacity, no quota or another price."""
 
     @staticmethod
+    @abstractmethod
     def on_demand(node_config: dict[str, Any]) -> dict[str, Any] | None:
         """The same node paid for on demand; None where it is already."""
-        raise NotImplementedError
 
     def create_node(
         self, node_config: dict[str, Any], tags: dict[str, str], count: int

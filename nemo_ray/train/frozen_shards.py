@@ -12,8 +12,6 @@ What trains, an adapter's factors, each worker holds whole, as where the base is
 
 import os
 import socket
-from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,11 +34,10 @@ ALIGNED = 256  # bytes
 class _Weight:
     """One weight of a block."""
 
-    parameter: nn.Parameter
     part: torch.Tensor
     """This worker's rows, as many as every worker's; the last ones may be padding."""
     gathered: torch.Tensor
-    """(workers, rows...) in the buffer: what the parameter is a view of."""
+    """(workers, rows...) in the buffer; the parameter is a view of it."""
     sources: list[torch.Tensor]
     """Where a worker can read each worker's part; empty where they are sent."""
 
@@ -49,6 +46,7 @@ class _Weight:
 class _Buffer:
     """Memory for one block's weights at a time."""
 
+    memory: torch.Tensor
     block: int | None = None
     arrived: tuple[torch.cuda.Event, ...] = ()
     """After the last of its weights."""
@@ -84,15 +82,14 @@ class FrozenShards:
             if any(p.requires_grad for p in block.parameters())
         )
         model.row_shards = {}
-        for prefix, block in model.model.layers.named_children():
+        for index, block in enumerate(self.blocks):
             for name, parameter in _spread_of(block):
                 shape = parameter.shape
                 rows = -(-shape[0] // self.size)
                 first = min(self.rank * rows, shape[0])
                 count = min(rows, shape[0] - first)
-                model.row_shards[f"model.layers.{prefix}.{name}"] = RowShard(shape, first, count)
+                model.row_shards[_path(index, name)] = RowShard(shape, first, count)
                 parameter.data = parameter.data.new_empty(rows, *shape[1:])
-        self._shapes = {name: shard.shape for name, shard in model.row_shards.items()}
         self._weights: list[list[_Weight]] = []
         self._buffer_of: list[_Buffer] = []
         self._in_backward: int | None = None
@@ -112,38 +109,31 @@ class FrozenShards:
             self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device))
         readable = self._can_read_each_other(device)
         kinds = [block.block_type for block in self.blocks]
-        plans = [self._plan(index, block) for index, block in enumerate(self.blocks)]
-        memory: dict[str, list[torch.Tensor]] = {}
-        buffers: dict[str, list[_Buffer]] = defaultdict(list)
-        turn: dict[str, int] = defaultdict(int)
-        for kind in set(kinds):
+        plans = [self._plan(model, index) for index in range(len(self.blocks))]
+        buffers: dict[str, list[_Buffer]] = {}
+        for kind in dict.fromkeys(kinds):
             size = max(total for (_, total), its in zip(plans, kinds, strict=True) if its == kind)
-            count = min(BUFFERS, kinds.count(kind))
-            memory[kind] = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
-            buffers[kind] = [_Buffer() for _ in range(count)]
-        for (weights, _), kind in zip(plans, kinds, strict=True):
-            place = turn[kind] % len(buffers[kind])
-            turn[kind] += 1
-            self._buffer_of.append(buffers[kind][place])
-            self._weights.append(self._place(weights, memory[kind][place], readable))
+            buffers[kind] = [
+                _Buffer(torch.empty(size, dtype=torch.uint8, device=device))
+                for _ in range(min(BUFFERS, kinds.count(kind)))
+            ]
+        for index, (weights, _) in enumerate(plans):
+            of_kind = buffers[kinds[index]]
+            buffer = of_kind[kinds[:index].count(kinds[index]) % len(of_kind)]
+            self._buffer_of.append(buffer)
+            self._weights.append(self._place(weights, buffer.memory, readable))
         del model.row_shards
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         dist.barrier(group=self.group)  # from here on everybody may read
 
-    def whole(self, block: int) -> Iterator[torch.Tensor]:
-        """The frozen weights of a block that are spread, whole; every worker must ask."""
-        self._begin()
-        self._before_forward(block)
-        return (weight.parameter for weight in self._weights[block])
-
     # -- where the weights lie -------------------------------------------------------------------
 
-    def _plan(self, index: int, block: nn.Module) -> tuple[list[tuple[nn.Parameter, torch.Size, int]], int]:
+    def _plan(self, model: nn.Module, index: int) -> tuple[list[tuple[nn.Parameter, torch.Size, int]], int]:
         """(parameter, whole shape, start) of each weight of a block, and the bytes of its buffer."""
         found, end = [], 0
-        for name, parameter in _spread_of(block):
-            found.append((parameter, self._shapes[f"model.layers.{index}.{name}"], end))
+        for name, parameter in _spread_of(self.blocks[index]):
+            found.append((parameter, model.row_shards[_path(index, name)].shape, end))
             num_bytes = self.size * parameter.numel() * parameter.itemsize
             end += -(-num_bytes // ALIGNED) * ALIGNED
         return found, end
@@ -165,7 +155,7 @@ class FrozenShards:
             num_bytes = self.size * rows.numel() * rows.itemsize
             gathered = buffer[start : start + num_bytes].view(rows.dtype).view(self.size, *rows.shape)
             parameter.data = gathered.flatten(0, 1)[: shape[0]]
-            placed.append(_Weight(parameter, part, gathered, [view(peer) for peer in peers]))
+            placed.append(_Weight(part, gathered, [view(peer) for peer in peers]))
             end += size
         return placed
 
@@ -261,6 +251,11 @@ class FrozenShards:
             rank = (self.rank + step) % self.size
             with torch.cuda.stream(self._streams[0 if step else 1]):
                 weight.gathered[rank].copy_(weight.sources[rank], non_blocking=True)
+
+
+def _path(index: int, name: str) -> str:
+    """A parameter's name in the model."""
+    return f"model.layers.{index}.{name}"
 
 
 def _spread_of(block: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -121,17 +121,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def check_spread_weights(model: nn.Module, reference: nn.Module, parallel: Parallel) -> None:
     """Gathered, they are those of one worker; and a worker holds its part of them, not all."""
-    named = dict(reference.named_parameters())
-    names = {id(p): name for name, p in model.named_parameters()}
-    for block in range(len(model.model.layers)):
-        weights = list(parallel.frozen.whole(block))
-        assert weights
-        for weight in weights:
-            plain = named[names[id(weight)]]
-            assert torch.equal(weight.detach().view(torch.uint8), plain.detach().view(torch.uint8))
-    held = sum(w.part.nbytes for of_block in parallel.frozen._weights for w in of_block)
-    whole_bytes = sum(w.parameter.nbytes for of_block in parallel.frozen._weights for w in of_block)
-    assert held < 1.1 * whole_bytes / parallel.layout.shard
+    whole_bytes = 0
+    for ours, plain in zip(model.model.layers, reference.model.layers, strict=True):
+        ours.make_whole()
+        expected = dict(plain.named_parameters())
+        for name, weight in ours.named_parameters():
+            if not weight.requires_grad:
+                assert torch.equal(weight.view(torch.uint8), expected[name].view(torch.uint8)), name
+                whole_bytes += weight.nbytes if weight.dim() > 1 else 0
+    held = sum(weight.part.nbytes for of_block in parallel.frozen._weights for weight in of_block)
+    assert 0 < held < 1.1 * whole_bytes / parallel.layout.shard
 
 
 def compare_layouts(rank: int, folder: str, name: str) -> None:
