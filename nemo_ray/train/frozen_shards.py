@@ -76,11 +76,10 @@ class FrozenShards:
     def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         self.blocks: list[nn.Module] = list(model.model.layers)
-        self.reached_first = next(
-            index
-            for index, block in enumerate(self.blocks)
-            if any(p.requires_grad for p in block.parameters())
-        )
+        chain = [model.model.embeddings, *self.blocks]
+        trains = [any(p.requires_grad for p in module.parameters()) for module in chain]
+        self.reached_first = max(0, trains.index(True) - 1) if any(trains) else len(self.blocks)
+        """The first block that has a backward pass."""
         model.row_shards = {}
         for index, block in enumerate(self.blocks):
             for name, parameter in _spread_of(block):

@@ -130,6 +130,8 @@ def test_nothing_is_fetched_for_blocks_without_a_backward_pass(told, monkeypatch
     _, backward = passes(model, told)
     assert shards.reached_first == PATTERN.index("*")
     assert {block for _, block in backward} == set(range(PATTERN.index("*"), len(PATTERN)))
+    _, shards = spread(monkeypatch, **few, lora_modules_to_save=("embeddings",))
+    assert shards.reached_first == 0  # gradients go through all blocks to the embeddings
 
 
 @pytest.mark.usefixtures("one_worker")
