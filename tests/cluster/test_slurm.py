@@ -169,16 +169,24 @@ def test_a_stopped_job_saves_and_ends(world: World, job: Job) -> None:
 @pytest.mark.e2e
 @pytest.mark.long
 @pytest.mark.timeout(120)
-def test_a_cancelled_job_leaves_nothing(world: World, job: Job) -> None:
-    """Slurm tells the script and every process of every step, and kills what is left after 30 s."""
+@pytest.mark.parametrize("script_told", ["first", "last"])
+def test_a_cancelled_job_leaves_nothing(world: World, job: Job, script_told: str) -> None:
+    """Slurm tells the script and every process of every step, in any order, and kills what is left after
+    30 s."""
     started = job.start(two_workers(world, max_steps=2000))
     started.wait_until(
         lambda: "this machine" in started.output, 60
     )  # the nodes are there: the doctor's first lines
-    for pid in started.tree():
+    if script_told == "first":
+        started.process.terminate()
+    for pid in set(started.tree()) - {started.process.pid}:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
+    if script_told == "last":
+        started.wait_until(lambda: "error" in started.output or started.process.poll() is not None, 20)
+        started.process.terminate()
     assert started.end(30) == 130, started.output
+    assert "error" not in started.output
     assert started.leaves_nothing_behind(), started.tree()
 
 
