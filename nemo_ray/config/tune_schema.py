@@ -34,12 +34,18 @@ class TuneSection(Section):
         description="`grid`: every combination of the lists. `random`: distinct points drawn from `seed`. "
         "`optuna`: what Optuna's TPE proposes after the results so far (`pip install nemo-ray[optuna]`).",
     )
-    scheduler: Literal["none", "asha", "hyperband", "median"] = Field(
+    scheduler: Literal["none", "asha", "hyperband", "median", "pbt"] = Field(
         "asha",
         description="`asha`: at the 1st, 3rd, 9th, ... evaluation a trial goes on if it is among the best "
         "third of those that got there. `hyperband`: the same for five of eight trials, from the 3rd "
         "evaluation on for two and from the 9th for one. `median`: at each evaluation it goes on if it is "
-        "among the better half. `none`: every trial trains to its end.",
+        "among the better half. `pbt`: nobody stops; from time to time the worst quarter goes on from the "
+        "weights of the best, with other values. `none`: every trial trains to its end.",
+    )
+    perturbation_interval: PositiveInt | None = Field(
+        None,
+        description="Evaluations from one generation of `pbt` to the next.",
+        json_schema_extra={"default_text": "1"},
     )
     seed: Seed = Field(0, description="Of the search.")
     max_concurrent: PositiveInt | None = Field(

@@ -53,10 +53,13 @@ class Trainer:
         split_over: int | None = None,
         reclaimed: Callable[[], bool] = lambda: False,
         top_tokens_per_s: float | None = None,
+        pause_after: int | None = None,
     ) -> None:
         """`split_over`: the number of workers that micro_batch_size and gradient_accumulation_steps are meant
         for, where there may be fewer now. `reclaimed`: whether a node of the run is being taken back.
-        `top_tokens_per_s`: of all workers, if products ran as fast as the data sheet says."""
+        `top_tokens_per_s`: of all workers, if products ran as fast as the data sheet says. `pause_after`: an
+        evaluation, counted from 1; a run that is not at its end there stops as if it were asked to."""
+        self.pause_after, self._evaluations = pause_after, 0  # not counting that before the first step
         self.reclaimed, self.top_tokens_per_s = reclaimed, top_tokens_per_s
         self.trainee, self.train, self.plan, self.run_dir, self.report = trainee, train, plan, run, report
         self.state, self.repair, self.watchdog = state, repair, watchdog
@@ -106,6 +109,9 @@ class Trainer:
             if self.best.patience_is_over and self._progress(self.state.epoch, self.state.step) < 1.0:
                 misses = self.best.misses
                 self.stopped_early = {"step": self.state.step, "evaluations_without_improvement": misses}
+                break
+            if self._pause_is_due():
+                finished = False
                 break
             self.watchdog.enter("training", self.state.step)
             self.watchdog.wait()
@@ -201,6 +207,7 @@ class Trainer:
         self._evaluated_step = self.state.step
         if self.rank == 0:
             self.run_dir.append_metrics(row)
+        self._evaluations += self.state.step > 0
         is_best = self.best.add(row)
         self.report({"step": self.state.step, "eval_loss": self.eval_loss})
         if is_best and self.train.load_best_model_at_end:
@@ -243,10 +250,15 @@ class Trainer:
         told = [rows]
         dist.broadcast_object_list(told, src=0, device=torch.device("cpu"))
         self.best = best_of(told[0], self.train, self.state.step)
+        self._evaluations = sum(0 < row["step"] <= self.state.step for row in told[0])
         for row in told[0]:
             if row["step"] == self.state.step:
                 self.eval_loss = row[EVAL_LOSS]
                 self._evaluated_step = self.state.step
+
+    def _pause_is_due(self) -> bool:
+        due = self.pause_after is not None and self._evaluations >= self.pause_after
+        return due and self._progress(self.state.epoch, self.state.step) < 1.0
 
     def _packs_per_rank(self) -> int:
         """Whole micro-batches for every worker, as many as the step needs."""

@@ -60,6 +60,8 @@ class WorkerSpec:
     output_dir: str
     service: Any = None
     """The actor that keeps the run's directory, where `output_dir` is a URL."""
+    pause_after: int | None = None
+    """The evaluation, counted from 1, after which it saves and ends, as if a stop were asked for."""
 
     def run_dir(self) -> RunDir:
         """The run's directory as a worker has it."""
@@ -159,6 +161,7 @@ def watched(
             split_over=split_over,
             reclaimed=reclaimed,
             top_tokens_per_s=top_speed(config, base, device),
+            pause_after=spec.pause_after,
         )
         if config.gradient_checkpointing == "auto" and device.type == "cuda":
             kept = trainer.update.keep_activations(config.sequence_len)

@@ -24,7 +24,7 @@ class Course:
     def __init__(
         self, folder: SweepDir, numbers: Iterable[int], metric: str, mode: str, scheduler: str
     ) -> None:
-        self.folder, self.metric, self.mode = folder, metric, mode
+        self.folder, self.metric, self.mode, self.scheduler = folder, metric, mode, scheduler
         self.numbers = tuple(numbers)
         self._places = {number: place for place, number in enumerate(self.numbers)}
         self.closed = ""

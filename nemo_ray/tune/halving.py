@@ -118,7 +118,7 @@ class Schedule:
     """The state of one sweep under a scheduler, by its name: what Halving is for each bracket of trials."""
 
     def __init__(self, name: str, num_trials: int, mode: str) -> None:
-        """name: none, asha, hyperband or median. mode: min or max."""
+        """name: none, asha, hyperband, median or pbt, which stops nobody. mode: min or max."""
         pattern = _BRACKETS if name == "hyperband" else (0,)
         brackets = [pattern[place % len(pattern)] for place in range(num_trials)]
         self._members = [[p for p in range(num_trials) if brackets[p] == b] for b in range(max(pattern) + 1)]
@@ -146,7 +146,7 @@ class Schedule:
 
 
 def _halving(name: str, bracket: int, num_trials: int, mode: str) -> Halving:
-    if name == "none":
+    if name in ("none", "pbt"):
         return Halving((), num_trials, mode)
     if name == "median":
         return Halving(range(1, _MOST_EVALUATIONS), num_trials, mode, eta=2, free=_FREE_OF_MEDIAN)

@@ -39,11 +39,12 @@ from nemo_ray.train.trackers.setup import variables_to_pass_on as trackers_varia
 from nemo_ray.tune import setup, words
 from nemo_ray.tune.budget import Budget
 from nemo_ray.tune.course import Course
+from nemo_ray.tune.generations import Generations
 from nemo_ray.tune.groups import Parent
 from nemo_ray.tune.load import Sweep, Trial
 from nemo_ray.tune.report import write_report
 from nemo_ray.tune.shards import Shard
-from nemo_ray.tune.source import Known, Proposed, Source, recall
+from nemo_ray.tune.source import Begun, Known, Proposed, Source, recall
 from nemo_ray.tune.sweep_dir import BEST_NAME, SweepDir
 from nemo_ray.tune.table import SweepDisplay
 from nemo_ray.tune.trial import STOPPED, Shared
@@ -132,7 +133,8 @@ class SweepLaunch:
         course = Course(self.folder, self.numbers, section.metric, section.mode, section.scheduler)
         num_trials = self.sweep.num_trials
         if self.resume:
-            self.points |= {n: earlier["trials"][n] for n in self.numbers if earlier["trials"][n] is not None}
+            now = self.folder.points(earlier["trials"])
+            self.points |= {n: point for n in self.numbers if (point := now[n]) is not None}
             course.restore()
             if not self.sweep.trials:
                 recall(self.sweep, course, self.points, earlier["lag"])
@@ -164,7 +166,7 @@ class SweepLaunch:
             self._prepare(plan, display)
             if not self.interrupts.count:
                 shared = Shared(plan, wanted, section.metric, self.job_id, self.verbose)
-                source = self._source(course, shape, facts["lag"])
+                source = self._source(course, shape, facts["lag"], display)
                 self._train(course, shared, source, at_once, display, budget)
         return self._conclude(course, budget)
 
@@ -176,17 +178,22 @@ class SweepLaunch:
             found = found.model_copy(update={"mlflow_parent_run_id": self.parent.run_id})
         return found
 
-    def _source(self, course: Course, shape: Mapping[str, Any], lag: int) -> Source:
+    def _source(self, course: Course, shape: Mapping[str, Any], lag: int, display: SweepDisplay) -> Source:
+        def finish(trial: Trial) -> Config:
+            return self._whole(trial, shape)
+
+        if self.sweep.section.scheduler == "pbt":
+            return Generations(self.sweep, course, self.points, finish, display.say)
         if not self.sweep.trials:
-            return Proposed(
-                self.sweep, course, self.points, lag, finish=lambda trial: self._whole(trial, shape)
-            )
+            return Proposed(self.sweep, course, self.points, lag, finish)
         left = (self.sweep.trials[number] for number in course.left())
-        return Known((trial.number, self._whole(trial, shape)) for trial in left)
+        return Known(Begun(trial.number, finish(trial)) for trial in left)
 
     def _facts(self, budget: Budget) -> dict[str, Any]:
         """What of sweep.json changes while it runs."""
-        return {**budget.facts(), "trials": setup.points(self.sweep, self.points)}
+        # Those of a population change: population.json says how.
+        known = {} if self.sweep.section.scheduler == "pbt" else self.points
+        return {**budget.facts(), "trials": setup.points(self.sweep, known)}
 
     def _check_plan(self, plan: DataPlan, earlier: Mapping[str, Any]) -> None:
         if not plan.eval_windows:

@@ -22,7 +22,7 @@ class TrialResult:
 
     number: int
     params: Mapping[str, Any]
-    """What it tried, formulas included."""
+    """What it tried, formulas included; with `pbt`, at its end."""
     end: TrialEnd
     path: Path
     """Its run directory."""
@@ -108,7 +108,7 @@ def read_result(path: str | Path) -> SweepResult:
     folder = SweepDir(path)
     facts = folder.read()
     spent, trials = Spent.of(facts), []
-    for number, params in enumerate(facts["trials"]):
+    for number, params in enumerate(folder.points(facts["trials"])):
         end = folder.read_end(number)
         if end is not None:
             took = spent.seconds.get(number, 0.0), spent.gpu_hours(number), spent.cost(number)

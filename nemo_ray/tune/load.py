@@ -21,6 +21,7 @@ from nemo_ray.config.translate import canonical_key, drop_absent, show
 from nemo_ray.config.tune_schema import TuneSection
 from nemo_ray.errors import ConfigError
 from nemo_ray.storage import join
+from nemo_ray.tune.population import CHANGEABLE
 from nemo_ray.tune.space import Point, Space, ends, grid, random, size
 from nemo_ray.tune.sweep_dir import TRIALS_NAME, trial_name
 
@@ -61,7 +62,7 @@ class Sweep:
     make: Callable[[int, Point], Trial]
     """The trial of a number and a point. Raises ConfigError."""
     probes: tuple[Trial, ...] = ()
-    """Trials at the ends of the space, checked in place of those that are not known yet."""
+    """Trials at the ends of the space, checked where trials have points that are not known yet."""
 
 
 def load_sweep(
@@ -92,12 +93,14 @@ def load_sweep(
             raise ConfigError("\n".join(lines)) from None
 
     num_trials = _num_trials(section, space)
+    if section.scheduler == "pbt":
+        _check_population(section, base.config, num_trials)
     trials: tuple[Trial, ...] = ()
     probes: tuple[Trial, ...] = ()
     try:
-        if section.search == "optuna":
+        if section.search == "optuna" or section.scheduler == "pbt":
             probes = tuple(make(0, point) for point in ends(space, fixed))
-        else:
+        if section.search != "optuna":
             points = grid(space, fixed) if section.search == "grid" else random(space, fixed, section.seed)
             trials = tuple(make(n, point) for n, point in enumerate(islice(points, num_trials)))
     except ValueError as error:
@@ -123,7 +126,28 @@ def _section(raw: Any) -> TuneSection:
             "tune.search: optuna needs the package optuna, which is not installed here; run "
             "`pip install 'nemo-ray[optuna]'`, or set tune.search: random"
         )
+    if section.perturbation_interval is not None and section.scheduler != "pbt":
+        raise ConfigError(
+            "tune.perturbation_interval: it belongs to tune.scheduler: pbt; set that, or remove it"
+        )
     return section
+
+
+def _check_population(section: TuneSection, base: Config, num_trials: int) -> None:
+    """Raises ConfigError where a value cannot change while a trial trains, or nothing would change it."""
+    fixed = [name for name in section.parameters if name not in CHANGEABLE]
+    if fixed:
+        raise ConfigError(
+            f"tune.parameters.{fixed[0]}: pbt gives a trial other values while it trains, and this one "
+            f"cannot change then; sweep {', '.join(CHANGEABLE)}, or set tune.scheduler: asha"
+        )
+    if section.search == "optuna":
+        raise ConfigError("tune.search: pbt finds values itself, from random ones; set tune.search: random")
+    if num_trials < 2:
+        raise ConfigError("tune.num_trials: pbt compares trials with each other; set it to 2 or more")
+    for name in ("early_stopping_patience", "load_best_model_at_end"):
+        if getattr(base, name):
+            raise ConfigError(f"{name}: with pbt a trial is what its last evaluation says; remove it")
 
 
 def _space(section: TuneSection) -> Space:

@@ -3,6 +3,7 @@
 Reads result directories wherever they are, and writes a new one; checkpoints stay where they are.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,17 @@ from nemo_ray.storage import join, list_files, publish_bytes, read_bytes, read_j
 from nemo_ray.tune.course import best_of
 from nemo_ray.tune.report import write_report
 from nemo_ray.tune.shards import Shard
-from nemo_ray.tune.sweep_dir import SWEEP_NAME, TRIAL_NAME, TRIALS_NAME, SweepDir, TrialEnd, trial_name
+from nemo_ray.tune.sweep_dir import (
+    POPULATION_NAME,
+    SWEEP_NAME,
+    TRIAL_NAME,
+    TRIALS_NAME,
+    Population,
+    SweepDir,
+    TrialEnd,
+    population_of,
+    trial_name,
+)
 
 _ALIKE = ("trials", "data_fingerprint")
 """What sweep.json must say alike for trials to be compared."""
@@ -63,10 +74,12 @@ def merge(places: Sequence[str], output_dir: str | Path) -> SweepDir:
     ends = {number: end for number, part in owners.items() if (end := _copy(part, number, folder))}
     facts = _facts(parts, owners, ends)
     folder.write(facts)
+    _join_populations(parts, folder)
     best = facts["best"]
     if best is not None:
         _fetch_result(owners[best], best, folder)
-        own = {**facts["config"], **facts["trials"][best], "output_dir": f"{folder.path}-best"}
+        point = folder.points(facts["trials"])[best] or {}
+        own = {**facts["config"], **point, "output_dir": f"{folder.path}-best"}
         folder.publish_best(best, {name: value for name, value in own.items() if value is not None})
     write_report(folder)
     return folder
@@ -124,6 +137,17 @@ def _copy(part: Part, number: int, folder: SweepDir) -> TrialEnd | None:
         run.path.mkdir(parents=True, exist_ok=True)
         publish_bytes(run.path / name, data)
     return folder.read_end(number)
+
+
+def _join_populations(parts: Sequence[Part], folder: SweepDir) -> None:
+    """What happened in each part under `pbt`: trials are compared with those of their own part."""
+    found = []
+    for part in parts:
+        with contextlib.suppress(FileNotFoundError):
+            found.append(population_of(read_json(join(part.place, POPULATION_NAME))))
+    if found:
+        changes = tuple(change for one in found for change in one.changes)
+        folder.write_population(Population(max(one.generations for one in found), changes))
 
 
 def _fetch_result(part: Part, number: int, folder: SweepDir) -> None:

@@ -3,6 +3,7 @@
 Written from the sweep's directory alone, again and again while the sweep runs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -17,7 +18,7 @@ from nemo_ray.tune.budget import Spent
 from nemo_ray.tune.course import best_of
 from nemo_ray.tune.figures import Trial
 from nemo_ray.tune.shards import Shard
-from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
+from nemo_ray.tune.sweep_dir import Change, SweepDir, TrialEnd
 from nemo_ray.tune.trial import Teller
 
 
@@ -27,9 +28,10 @@ def write_report(folder: SweepDir) -> None:
     Raises: OSError where it cannot be written.
     """
     facts = folder.read()
+    facts["trials"] = folder.points(facts["trials"])
     ends = {n: end for n in range(len(facts["trials"])) if (end := folder.read_end(n)) is not None}
-    trials = _trials(folder, facts, ends)
-    publish_bytes(folder.report_file, report_page(folder.path.name, facts, trials, ends).encode())
+    trials, changes = _trials(folder, facts, ends), folder.read_population().changes
+    publish_bytes(folder.report_file, report_page(folder.path.name, facts, trials, ends, changes).encode())
 
 
 def _trials(folder: SweepDir, facts: dict[str, Any], ends: dict[int, TrialEnd]) -> list[Trial]:
@@ -48,8 +50,15 @@ def _trials(folder: SweepDir, facts: dict[str, Any], ends: dict[int, TrialEnd]) 
     return found
 
 
-def report_page(title: str, facts: dict[str, Any], trials: list[Trial], ends: dict[int, TrialEnd]) -> str:
-    """The page's HTML. Args: `facts`: sweep.json; `trials`: those that have begun."""
+def report_page(
+    title: str,
+    facts: dict[str, Any],
+    trials: list[Trial],
+    ends: dict[int, TrialEnd],
+    changes: Sequence[Change],
+) -> str:
+    """The page's HTML. Args: `facts`: sweep.json, with the values that trials have now; `trials`: those that
+    have begun; `changes`: of a population."""
     section_keys, running = facts["tune"], "outcome" not in facts
     metric, best = section_keys["metric"], best_of(ends.values(), section_keys["mode"])
     body = []
@@ -66,6 +75,8 @@ def report_page(title: str, facts: dict[str, Any], trials: list[Trial], ends: di
         if figure is not None and figure.data:
             body.append(section(name, soft(words), chart(figure)))
     body += [_importance(trials), _table(trials, ends, best, metric, Spent.of(facts))]
+    if changes:
+        body.append(_changes(changes))
     if best is not None:
         body.append(_configuration(facts, best))
     tiles = _tiles(facts, trials, ends, best)
@@ -135,6 +146,14 @@ def _table(
     return section(
         "Trials", soft("A click on a column sorts by it."), table(heads, rows, kind="words sorted")
     )
+
+
+def _changes(changes: Sequence[Change]) -> str:
+    names = list(changes[0].point)
+    rows = [[one.step, one.number, one.source, *(show(one.point[name]) for name in names)] for one in changes]
+    words = "Which trial went on from the weights of which, and with what values. Above are those of its end."
+    heads = ["step", "trial", "from", *names]
+    return section("Generations", soft(words), table(heads, rows, kind="words sorted"))
 
 
 def _took(number: int, spent: Spent) -> list[str]:

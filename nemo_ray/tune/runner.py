@@ -102,7 +102,7 @@ class Trials(Searcher):
             found = _SOURCES[self._name].next()
         except StopIteration:
             return Searcher.FINISHED
-        return None if found is None else {"number": found[0], "config": found[1]}
+        return None if found is None else found._asdict()
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         pass

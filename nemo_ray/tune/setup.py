@@ -23,7 +23,8 @@ _RECORDED = ("config", "versions", "git_revision", "data_fingerprint", "submissi
 
 
 _SAME = ("parameters", "search", "seed", "metric", "mode")
-"""Keys of the tune section that decide which points a search proposes."""
+"""Keys of the tune section that decide which points are found while it runs."""
+_SAME_OF_PBT = ("scheduler", "perturbation_interval")
 
 
 def points(sweep: Sweep, known: Mapping[int, Point]) -> list[Point | None]:
@@ -55,11 +56,13 @@ def read_earlier(folder: SweepDir, sweep: Sweep, shard: Shard) -> dict[str, Any]
         raise ConfigError(f"output_dir: {folder.path} holds no sweep to resume; leave out --resume")
     earlier = folder.read()
     section = sweep.section.model_dump(mode="json")
-    same = earlier["trials"] == points(sweep, {})
-    if not sweep.trials:
-        same = len(earlier["trials"]) == sweep.num_trials
-        same = same and all(earlier["tune"][name] == section[name] for name in _SAME)
-    if not same:
+    same = (
+        earlier["trials"] == points(sweep, {}) if sweep.trials else len(earlier["trials"]) == sweep.num_trials
+    )
+    keys = () if sweep.trials else _SAME
+    if "pbt" in (earlier["tune"]["scheduler"], section["scheduler"]):
+        keys = (*_SAME, *_SAME_OF_PBT)
+    if not same or any(earlier["tune"].get(name) != section[name] for name in keys):
         raise ConfigError(
             f"output_dir: the sweep in {folder.path} has other trials than this configuration makes; "
             "restore its tune section, or name another output_dir"

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from nemo_ray.config.schema import Config
 from nemo_ray.errors import ConfigError
@@ -12,8 +12,14 @@ from nemo_ray.tune.space import Point
 from nemo_ray.tune.sweep_dir import TrialEnd
 from nemo_ray.tune.trial import FAILED
 
-Begun = tuple[int, Config]
-"""A trial's number and its configuration."""
+
+class Begun(NamedTuple):
+    """A trial that begins, or goes on."""
+
+    number: int
+    config: Config
+    pause_after: int | None = None
+    """The evaluation, counted from 1, after which it ends for now."""
 
 
 class Source(Protocol):
@@ -66,7 +72,7 @@ class Proposed:
                 if number not in self._points:
                     known = self._points, self._lag, number
                     self._points[number] = _propose(self._sweep, self._course, *known)
-                return number, self._finish(self._sweep.make(number, self._points[number]))
+                return Begun(number, self._finish(self._sweep.make(number, self._points[number])))
             except (ConfigError, ValueError) as error:
                 self._course.ended(number, FAILED, str(error).replace("\n", "; "))
         raise StopIteration

@@ -47,7 +47,7 @@ def random(space: Space, fixed: Mapping[str, Any], seed: int) -> Iterator[Point]
     misses, number = 0, 0
     while misses < _DRAWS_PER_TRIAL and len(seen) < size(space):
         point = {
-            name: _draw(found, _part(seed, name, number))
+            name: draw(found, part(seed, name, number))
             for name, found in space.items()
             if not isinstance(found, Formula)
         }
@@ -101,13 +101,14 @@ def _computed(name: str, formula: Formula, known: Mapping[str, Any]) -> Any:
         raise ValueError(f"{name}: {formula.text} cannot be computed: {error}") from None
 
 
-def _draw(parameter: Values | Range, part: float) -> Any:
+def draw(parameter: Values | Range, at: float) -> Any:
+    """The value at 0 <= `at` < 1 of a parameter."""
     if isinstance(parameter, Values):
-        return parameter.values[int(part * len(parameter.values))]
-    return parameter.at(part)
+        return parameter.values[int(at * len(parameter.values))]
+    return parameter.at(at)
 
 
-def _part(seed: int, name: str, number: int) -> float:
+def part(seed: int, name: str, number: int) -> float:
     """Uniform in [0, 1): a pure function of its arguments."""
     drawn = int(hashes(json.dumps(["sweep", seed, name]).encode(), number, number + 1)[0])
     return (drawn >> 11) / 2**53

@@ -3,6 +3,7 @@
     sweep.json             the tune section, the configuration that all trials share, how the sweep ended
     trials/NNN/            a run directory for each trial; trial.json in it: its point, how it ended
     report.html            charts and a table, also while it runs
+    population.json        with scheduler pbt: which trials went on from which, and with what values
     best/                  the best trial's adapter or model, and config.yaml, which trains it again
     prepared/              shards that all trials share, where no dataset_prepared_path is given
     error.log              the full traceback, where the sweep itself failed
@@ -13,7 +14,7 @@ Everything lies on one file system that the driver and all nodes share.
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from nemo_ray.storage import publish_json, read_json, remove_tree
 TRIALS_NAME = "trials"
 SWEEP_NAME = "sweep.json"
 TRIAL_NAME = "trial.json"
+POPULATION_NAME = "population.json"
 BEST_NAME = "best"
 CONFIG_NAME = "config.yaml"
 
@@ -51,6 +53,32 @@ class TrialEnd:
     """Index among the scheduler's rungs, of a trial that was stopped."""
 
 
+@dataclass(frozen=True)
+class Change:
+    """A trial of a population that went on from another's weights, with other values."""
+
+    evaluation: int
+    """After which, counted from 1."""
+    step: int
+    number: int
+    source: int
+    point: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Population:
+    """What became of a sweep's trials under `pbt`."""
+
+    generations: int = 0
+    """Those that are over."""
+    changes: tuple[Change, ...] = ()
+
+
+def population_of(found: Mapping[str, Any]) -> Population:
+    """What population.json holds."""
+    return Population(found["generations"], tuple(Change(**change) for change in found["changes"]))
+
+
 class SweepDir:
     """Paths and small files of a sweep. Creating the object touches nothing on disk."""
 
@@ -59,6 +87,7 @@ class SweepDir:
         self.sweep_json = self.path / SWEEP_NAME
         self.trials_dir = self.path / TRIALS_NAME
         self.best_dir = self.path / BEST_NAME
+        self.population_file = self.path / POPULATION_NAME
         self.report_file = self.path / "report.html"
         self.ray_dir = self.path / ".ray"
 
@@ -91,6 +120,7 @@ class SweepDir:
             if folder.exists():
                 remove_tree(folder)
         self.report_file.unlink(missing_ok=True)
+        self.population_file.unlink(missing_ok=True)
         self.sweep_json.unlink(missing_ok=True)
 
     def read_end(self, number: int) -> TrialEnd | None:
@@ -104,6 +134,24 @@ class SweepDir:
         """Record how a trial ended."""
         value = None if end.value is None or math.isnan(end.value) else end.value
         publish_json(self.trial(end.number).path / TRIAL_NAME, {**asdict(end), "value": value})
+
+    def read_population(self) -> Population:
+        """population.json; nothing where there is none."""
+        try:
+            return population_of(read_json(self.population_file))
+        except FileNotFoundError:
+            return Population()
+
+    def write_population(self, population: Population) -> None:
+        """Write population.json, replacing what was there."""
+        publish_json(self.population_file, asdict(population))
+
+    def points(self, begun: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any] | None]:
+        """The values that each trial has now. `begun`: those that it began with, None where that is open."""
+        found = [None if point is None else dict(point) for point in begun]
+        for change in self.read_population().changes:
+            found[change.number] = dict(change.point)
+        return found
 
     def publish_best(self, number: int, config: Mapping[str, Any]) -> Path:
         """Copy the result of a trial to best/, with the configuration that trains it; returns best/."""

@@ -83,7 +83,8 @@ def table(course: Course, points: dict[int, Point]) -> Table:
             continue
         progress = course.run(number).read_progress() if running else {}
         value = course.value(number)
-        state = end.status if end else "running" if running else "broken off"
+        state = "broken off" if course.closed else "waiting"
+        state = end.status if end else "running" if running else state
         known: dict[str, Any] = progress if running else {"step": end.step if end else None}
         cells = (
             str(number),

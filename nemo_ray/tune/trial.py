@@ -74,12 +74,16 @@ def run_trial(config: Mapping[str, Any], shared: Shared) -> None:
     from ray import tune
 
     session.Environment().add({**session.SETTINGS, **cluster.environment(shared.wanted)})
-    status, reason = train(config["config"], shared, lambda found: tune.report(vars(found)))
+    asked = config["config"], config["pause_after"]
+    status, reason = train(*asked, shared, lambda found: tune.report(vars(found)))
     tune.report({"status": status, "reason": reason})
 
 
-def train(config: Config, shared: Shared, tell: Callable[[Evaluation], None]) -> tuple[str, str]:
-    """Begin or continue the run of `config` and see it to its end; returns how it ended, and why.
+def train(
+    config: Config, pause_after: int | None, shared: Shared, tell: Callable[[Evaluation], None]
+) -> tuple[str, str]:
+    """Begin or continue the run of `config` and see it to its end, or to the evaluation `pause_after`;
+    returns how it ended, and why.
 
     Raises what makes its directory unusable: ConfigError where another driver holds it.
     """
@@ -93,7 +97,8 @@ def train(config: Config, shared: Shared, tell: Callable[[Evaluation], None]) ->
         outputs.begin(run, start, shared.plan)
         facts = outputs.run_facts(config, shared.plan, shared.wanted.num_workers, shared.job_id)
         outputs.record_run(run, facts)
-        status, reason = _fit(run, config, shared, lock, tell)
+        told = {"config": config, "plan": shared.plan, "output_dir": run.place, "pause_after": pause_after}
+        status, reason = _fit(run, told, shared, lock, tell)
         shutil.rmtree(run.ray_dir, ignore_errors=True)
         run.stop_file.unlink(missing_ok=True)
         ended_at = datetime.now(UTC).isoformat(timespec="seconds")
@@ -105,11 +110,14 @@ def train(config: Config, shared: Shared, tell: Callable[[Evaluation], None]) ->
 
 
 def _fit(
-    run: RunDir, config: Config, shared: Shared, lock: DriverLock, tell: Callable[[Evaluation], None]
+    run: RunDir,
+    told: Mapping[str, Any],
+    shared: Shared,
+    lock: DriverLock,
+    tell: Callable[[Evaluation], None],
 ) -> tuple[str, str]:
-    loop_config = {"config": config, "plan": shared.plan, "output_dir": run.place}
-    asked = shared.wanted, config.ray, lock.me, shared.verbose
-    work = Background("fit", lambda: cluster.fit(None, loop_config, run, *asked))
+    asked = shared.wanted, told["config"].ray, lock.me, shared.verbose
+    work = Background("fit", lambda: cluster.fit(None, told, run, *asked))
     teller = Teller(run, shared.metric)
     while not work.wait(POLL_S):
         with contextlib.suppress(OSError):  # a hiccup of the file system is no reason to end a trial

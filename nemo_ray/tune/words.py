@@ -71,6 +71,10 @@ def print_result(
     best, rows = course.best(), []
     if best is not None:
         rows = _best_rows(folder, course.metric, best, course.ends[best].value, points[best])
+    if course.scheduler == "pbt":
+        population = folder.read_population()
+        changes = summary.plural(len(population.changes), "trial")
+        rows.append(("generations", f"{population.generations}; {changes} went on from another"))
     rows += [("report", str(folder.report_file)), ("time", duration(budget.elapsed_s))]
     if hours := budget.spent.gpu_hours():
         cost = budget.spent.cost()

@@ -6,7 +6,7 @@ import pytest
 
 from nemo_ray.errors import ConfigError
 from nemo_ray.tune import read_result, sweep
-from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
+from nemo_ray.tune.sweep_dir import Change, Population, SweepDir, TrialEnd
 
 
 @pytest.fixture
@@ -31,6 +31,14 @@ def test_a_result_is_read_from_its_directory(done: Path) -> None:
     assert list(table["number"]) == [0, 2] and list(table["lora_r"]) == [4, 16]
     assert list(table["gpu_hours"]) == [0.5, 1.0] and list(table["cost"]) == [1.25, 2.5]
     assert list(table["eval_loss"]) == [4.0, 3.0] and list(table["status"]) == ["stopped", "finished"]
+
+
+def test_parameters_of_a_population_are_those_of_its_end(done: Path) -> None:
+    change = Change(1, 10, 2, 0, {"lora_r": 32})
+    SweepDir(done).write_population(Population(1, (change,)))
+    result = read_result(done)
+    assert result.best is not None and result.best.params == {"lora_r": 32}
+    assert list(result.dataframe["lora_r"]) == [4, 32]
 
 
 def test_a_sweep_without_a_best_has_none(done: Path) -> None:

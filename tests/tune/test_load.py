@@ -81,7 +81,7 @@ def test_sets_of_targets_and_axolotls_spellings(folder: Path) -> None:
             {"parameters": {"lora_r": [4]}, "num_trials": 0, "scheduler": "best"},
             [
                 "tune.num_trials: 0 is not valid; give a whole",
-                "tune.scheduler: best is not valid; give none, asha, hyperband or median",
+                "tune.scheduler: best is not valid; give none, asha, hyperband, median or pbt",
             ],
         ),
         (
@@ -117,6 +117,25 @@ def test_sets_of_targets_and_axolotls_spellings(folder: Path) -> None:
             {"parameters": {"lora_alpha": "2 * rank"}, "search": "grid"},
             ["tune.parameters.lora_alpha: 2 * rank names rank, which is no key"],
         ),
+        (
+            {"parameters": PARAMETERS, "scheduler": "pbt"},
+            [
+                "tune.parameters.lora_r: pbt gives a trial other values while it trains, and this one cannot "
+                "change then; sweep learning_rate, lr_scheduler"
+            ],
+        ),
+        (
+            {"parameters": {"learning_rate": [1e-3, 1e-2]}, "scheduler": "pbt", "search": "optuna"},
+            ["tune.search: pbt finds values itself, from random ones; set tune.search: random"],
+        ),
+        (
+            {"parameters": {"learning_rate": [1e-3]}, "scheduler": "pbt"},
+            ["tune.num_trials: pbt compares trials with each other; set it to 2 or more"],
+        ),
+        (
+            {"parameters": {"learning_rate": [1e-3, 1e-2]}, "perturbation_interval": 2},
+            ["tune.perturbation_interval: it belongs to tune.scheduler: pbt; set that, or remove it"],
+        ),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_starts(folder: Path, tune: Any, lines: list[str]) -> None:
@@ -126,6 +145,14 @@ def test_what_is_wrong_is_told_before_anything_starts(folder: Path, tune: Any, l
     assert len(found) == len(lines), found
     for line, start in zip(found, lines, strict=True):
         assert line.startswith(start), line
+
+
+@pytest.mark.parametrize("key", ["early_stopping_patience", "load_best_model_at_end"])
+def test_a_population_is_judged_by_its_last_evaluation(folder: Path, key: str) -> None:
+    tune = {"parameters": {"learning_rate": [1e-3, 1e-2]}, "scheduler": "pbt"}
+    others = {"eval_steps": 2, "save_steps": 2, "val_set_size": 0.1}
+    with pytest.raises(ConfigError, match=f"^{key}: with pbt a trial is what its last evaluation says"):
+        load(folder, tune, **others, **{key: 1 if key == "early_stopping_patience" else True})
 
 
 @pytest.mark.parametrize("key", ["wandb_run_id", "mlflow_parent_run_id"])

@@ -12,7 +12,7 @@ from nemo_ray.tune import merge
 from nemo_ray.tune.__main__ import main
 from nemo_ray.tune.load import Sweep, load_sweep
 from nemo_ray.tune.shards import Shard, parse_shard
-from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
+from nemo_ray.tune.sweep_dir import Change, Population, SweepDir, TrialEnd
 from tests.object_store import ObjectStore, use
 
 POINTS = [{"lora_r": 4}, {"lora_r": 8}, {"lora_r": 16}, {"lora_r": 32}]
@@ -177,3 +177,17 @@ def test_other_folders_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
         assert main(["merge", *words]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and says in line
+
+
+def test_populations_of_parts_are_joined(tmp_path: Path) -> None:
+    one, two = write_part(tmp_path / "one", (1, 2)), write_part(tmp_path / "two", (2, 2))
+    SweepDir(one).write_population(Population(3, (Change(1, 10, 2, 0, {"lora_r": 64}),)))
+    SweepDir(two).write_population(Population(2, (Change(2, 20, 3, 1, {"lora_r": 128}),)))
+    result = merge([one, two], tmp_path / "whole")
+    assert {trial.number: trial.params["lora_r"] for trial in result.trials if trial.number > 1} == {
+        2: 64,
+        3: 128,
+    }
+    assert SweepDir(result.path).read_population().generations == 3
+    assert result.best is not None and result.best.number == 2
+    assert yaml.safe_load((result.path / "best" / "config.yaml").read_text())["lora_r"] == 64

@@ -14,7 +14,7 @@ from nemo_ray.pages import MOST_POINTS, thin
 from nemo_ray.tune import figures
 from nemo_ray.tune.figures import Trial, importance
 from nemo_ray.tune.report import write_report
-from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
+from nemo_ray.tune.sweep_dir import Change, Population, SweepDir, TrialEnd
 from nemo_ray.tune.trial import Evaluation
 
 POINTS = [
@@ -164,3 +164,16 @@ def test_gpu_hours_and_costs_are_shown_where_there_are_such(tmp_path: Path, page
     (row,) = re.findall(r"<tr>(?:(?!</tr>).)*finished, best.*?</tr>", costs)
     cells = re.findall(r"<td[^>]*>(.*?)</td>", row)
     assert cells[-5:-2] == ["120.0", "1.00", "3.00"]
+
+
+def test_who_went_on_from_whom_is_told(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "sweep")
+    assert "Generations" not in folder.report_file.read_text()
+    folder.write_population(Population(1, (Change(1, 10, 1, 0, {**POINTS[1], "learning_rate": 0.037}),)))
+    write_report(folder)
+    page = folder.report_file.read_text(encoding="utf-8")
+    generations = page[page.index("Generations") :]
+    cells = re.findall(r"<t[dh][^>]*>([^<]*)</t[dh]>", generations[generations.index("<tbody") :])
+    assert cells[:5] == ["10", "1", "0", "8", "0.037"]
+    trials = page[page.index("A click on a column") : page.index("Generations")]
+    assert "0.037" in trials and "0.037" in page[page.index("Configuration of trial 1") :]

@@ -63,7 +63,7 @@ def play(
                 break
             if found is None:
                 break
-            number, config = found
+            number, config, _ = found
             assert config.learning_rate == points[number]["learning_rate"]
             running.append(number)
             course.started(number)

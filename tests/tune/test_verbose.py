@@ -46,5 +46,5 @@ def test_workers_of_trials_are_told(verbose: bool, tmp_path: Path, monkeypatch: 
     run = SimpleNamespace(place=str(tmp_path), metrics_file=tmp_path / "metrics.jsonl")
     config, lock = SimpleNamespace(ray=None), SimpleNamespace(me=None, check=lambda: None)
     shared = trial.Shared(None, None, "eval_loss", None, verbose)
-    assert trial._fit(run, config, shared, lock, lambda found: None) == (trial.FINISHED, "")
+    assert trial._fit(run, {"config": config}, shared, lock, lambda found: None) == (trial.FINISHED, "")
     assert told == [verbose]
