@@ -234,17 +234,23 @@ def make_own_side(config: Config, device: torch.device, folder: Path) -> tuple[n
     trainee, _ = make_trainee(config, config.base_model, device, precision)
     if device.type == "cuda":
         compile_kernels(trainee, config.micro_batch_size, config.sequence_len)
-    update, kept = Update(trainee, config.train), {}
-    if device.type == "cuda" and config.gradient_checkpointing == "auto":
-        kept = update.keep_activations(config.sequence_len)
+    update, says = Update(trainee, config.train), ""
+    if device.type == "cuda" and isinstance(config.gradient_checkpointing, str):
+        kept = update.keep_activations(config.sequence_len, config.gradient_checkpointing == "offload")
+        says = f"; blocks that keep activations: {blocks(kept.on_gpu)}"
+        says += f", on the host: {blocks(kept.on_host)}" if kept.on_host else ""
 
     def step(packs: Sequence[Pack], num_targets: int) -> torch.Tensor:
         loss_sum, _ = update(packs, num_targets, config.learning_rate)
         return loss_sum / num_targets
 
     held = "4-bit" if config.load_in_4bit else str(precision.weights).removeprefix("torch.")
-    blocks = ", ".join(f"{count} {kind}" for kind, count in kept.items() if count)
-    return trainee.model, step, f"{held} base" + (f"; blocks that keep activations: {blocks}" if kept else "")
+    return trainee.model, step, f"{held} base{says}"
+
+
+def blocks(counts: dict[str, int]) -> str:
+    """11 moe, 3 mlp"""
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) or "none"
 
 
 def make_peft_side(config: Config, device: torch.device, folder: Path) -> tuple[nn.Module, Step, str]:

@@ -93,10 +93,14 @@ FOREIGN: tuple[Foreign, ...] = (
         (False, {"use_reentrant": False}),
     ),
     notice(
-        "activation_offloading layer_offloading selective_checkpointing recompute_layer_types tiled_mlp "
+        "layer_offloading selective_checkpointing recompute_layer_types tiled_mlp "
         "tiled_mlp_num_shards tiled_mlp_use_original_mlp gpu_memory_limit max_memory lora_on_cpu "
         "experimental_skip_move_to_device gc_steps gc_collect_steps torch_empty_cache_steps",
         "not used: memory is saved by sharding over workers (dp_shard_size) and gradient_checkpointing",
+    ),
+    notice(
+        "activation_offloading",
+        "not used: gradient_checkpointing: offload moves to the host what does not fit on the GPU",
     ),
     notice(
         "low_cpu_mem_usage qlora_sharded_model_loading mean_resizing_embeddings device_map device",

@@ -211,13 +211,13 @@ def _fold_init(raw: Raw, found: Findings) -> None:
 
 
 def _fold_checkpointing(raw: Raw, found: Findings) -> None:
-    if raw["gradient_checkpointing"] in ("unsloth", "offload", "offload_disk"):
+    if raw["gradient_checkpointing"] in ("unsloth", "offload_disk"):
         value = raw["gradient_checkpointing"]
         found.notices.append(
-            f"gradient_checkpointing: {value} runs as true: activations are recomputed, and not moved "
-            "elsewhere"
+            f"gradient_checkpointing: {value} runs as offload: what does not fit on the GPU goes to the "
+            "host's memory, or is recomputed"
         )
-        raw["gradient_checkpointing"] = True
+        raw["gradient_checkpointing"] = "offload"
 
 
 def _fold_precision(raw: Raw, found: Findings) -> None:

@@ -150,8 +150,8 @@ def _estimate(
         tokens = config.micro_batch_size * config.sequence_len
     kinds = block_types(model)
     backward = max(backward_width(model, kind) for kind in set(kinds))
-    auto = config.gradient_checkpointing == "auto"  # keeps more on a GPU, but only what is left
-    if use_gpu if auto else config.gradient_checkpointing:
+    asked = config.gradient_checkpointing  # auto, offload: keep more on a GPU, but only what is left
+    if use_gpu if isinstance(asked, str) else asked:
         kept = (len(kinds) + 1) * model["hidden_size"] + max(kept_width(model, kind) for kind in set(kinds))
     else:
         kept = sum(kept_width(model, kind) for kind in kinds)

@@ -1,4 +1,5 @@
-"""Which blocks keep their activations for the backward pass, and which make them again: as many keep as fit.
+"""Which blocks keep their activations for the backward pass, which move them to the host, and which make them
+again: as many keep as fit.
 
 What a block of each kind takes is measured on the model and the batch size that will train, not estimated;
 and what the choice left free is measured again: the last blocks are at the peak, and those which keep need
@@ -6,18 +7,34 @@ less there than those which make theirs again.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from nemo_ray.train.offload import AHEAD, HostActivations, movable_bytes
 
 # Kinds of blocks, those first whose recomputation takes the most GPU time for the memory that it saves.
 KINDS = ("moe", "linear_attention", "full_attention", "mlp")
 SPARE_BYTES = 7 * 2**28  # for holes between tensors, and for what uses the GPU beside training
 
 
-def choose_kept(costs: dict[str, int], available: Sequence[str], room_bytes: int) -> dict[str, int]:
+_CHOICES = 5
+Counts = dict[str, int]
+"""Of blocks, by kind."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Whose activations are not made again."""
+
+    on_gpu: Counts
+    on_host: Counts
+
+
+def choose_kept(costs: Counts, available: Sequence[str], room_bytes: int) -> Counts:
     """How many blocks of each kind keep what they made.
 
     Args:
@@ -34,10 +51,13 @@ def choose_kept(costs: dict[str, int], available: Sequence[str], room_bytes: int
 
 
 def keep_what_fits(
-    model: nn.Module, device: torch.device, forward: Callable[[], torch.Tensor]
-) -> dict[str, int]:
-    """Let as many blocks keep their activations as the GPU has memory for, or this process's share of it;
-    returns how many of each kind.
+    model: nn.Module,
+    device: torch.device,
+    forward: Callable[[], torch.Tensor],
+    moving: HostActivations | None = None,
+) -> Kept:
+    """Let as many blocks keep their activations as the GPU has memory for, or this process's share of it; of
+    the others `moving` moves as many as can be copied while the rest computes.
 
     Called on every worker together, with gradients and optimizer states in place: what a step needs beside
     the activations is in use already. All workers choose what the fullest of them can hold.
@@ -55,14 +75,25 @@ def keep_what_fits(
     limit = min(free + torch.cuda.memory_reserved(device), share) - SPARE_BYTES
     at_rest = _bytes_held(device, forward)
     costs = measure_costs(model, lambda: _bytes_held(device, forward) - at_rest)
-    return keep_most(model, costs, limit, lambda: _peak_bytes(device, forward), device)
+
+    def peak() -> int:
+        return _peak_bytes(device, forward)
+
+    if moving is None:
+        return Kept(keep_most(model, costs, limit, peak, device), {})
+    return keep_or_move(model, costs, limit, peak, moving, movable_bytes(device, forward))
 
 
 def keep_most(
-    model: nn.Module, costs: dict[str, int], limit: int, peak: Callable[[], int], device: torch.device
-) -> dict[str, int]:
+    model: nn.Module,
+    costs: Counts,
+    limit: int,
+    peak: Callable[[], int],
+    device: torch.device,
+    moved: Collection[int] = (),
+) -> Counts:
     """Let more blocks keep theirs until `peak()` leaves room up to `limit` for no other; at first all of them
-    make theirs again. Workers choose together.
+    make theirs again, but those that are `moved`. Workers choose together.
 
     Args:
         costs: bytes that a block of each kind keeps.
@@ -70,23 +101,69 @@ def keep_most(
 
     Returns: how many of each kind keep theirs.
     """
-    kinds = [block.block_type for block in model.model.layers]
+    blocks = [block for index, block in enumerate(model.model.layers) if index not in moved]
+    kinds = [block.block_type for block in blocks]
     kept: Counter[str] = Counter()
     while True:
         left = [kind for kind in costs for _ in range(kinds.count(kind) - kept[kind])]
-        more = choose_kept(costs, left, limit - peak())
-        counts = torch.tensor([more.get(kind, 0) for kind in KINDS], device=device)
-        dist.all_reduce(counts, op=dist.ReduceOp.MIN)
-        if not counts.any():
+        more = _least(choose_kept(costs, left, limit - peak()), device)
+        if not more:
             return {kind: kept[kind] for kind in KINDS if kind in costs}
-        kept.update(dict(zip(KINDS, counts.tolist(), strict=True)))
-        _keep_last(model, kept)
+        kept.update(more)
+        _keep_last(blocks, kept)
 
 
-def _keep_last(model: nn.Module, kept: Mapping[str, int]) -> None:
+def keep_or_move(
+    model: nn.Module,
+    costs: Counts,
+    limit: int,
+    peak: Callable[[], int],
+    moving: HostActivations,
+    most_bytes: int,
+) -> Kept:
+    """As `keep_most`; and of what makes theirs again then, blocks of up to `most_bytes` are moved instead.
+
+    What is on its way lies on the GPU as well, so that fewer keep theirs there: it is chosen again, a few
+    times, what to move.
+    """
+    device, kinds = moving.device, [block.block_type for block in model.model.layers]
+    room = limit - peak()
+    ways = {kind: cost for kind, cost in costs.items() if room >= (AHEAD + 1) * cost}
+    kept, moved = keep_most(model, costs, limit, peak, device), Counts()
+    for _ in range(_CHOICES):
+        left = [kind for kind in ways for _ in range(kinds.count(kind) - kept.get(kind, 0))]
+        chosen = _least(choose_kept(ways, left, most_bytes), device)
+        if chosen == moved:
+            break
+        moved, blocks = chosen, _spread(kinds, chosen)
+        moving.move(blocks)
+        for index, block in enumerate(model.model.layers):
+            block.recompute = index not in blocks
+        kept = keep_most(model, costs, limit, peak, device, blocks)
+    return Kept(kept, moved)
+
+
+def _least(counts: Counts, device: torch.device) -> Counts:
+    """The smallest that any worker has, of each kind."""
+    least = torch.tensor([counts.get(kind, 0) for kind in KINDS], device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return {kind: count for kind, count in zip(KINDS, least.tolist(), strict=True) if count}
+
+
+def _spread(kinds: Sequence[str], counts: Mapping[str, int]) -> set[int]:
+    """So many blocks of each kind, evenly over the model from its beginning: a copy then has the time until
+    the next one to itself."""
+    chosen = set()
+    for kind, count in counts.items():
+        places = [index for index, its in enumerate(kinds) if its == kind]
+        chosen |= {places[step * len(places) // count] for step in range(count)}
+    return chosen
+
+
+def _keep_last(blocks: Sequence[nn.Module], kept: Mapping[str, int]) -> None:
     """Let the last blocks of each kind keep theirs, so many as `kept` says; their backward pass is first."""
     left = Counter(kept)
-    for block in reversed(model.model.layers):
+    for block in reversed(blocks):
         block.recompute = left[block.block_type] == 0
         left[block.block_type] -= left[block.block_type] > 0
 
@@ -101,7 +178,7 @@ def _peak_bytes(device: torch.device, forward: Callable[[], torch.Tensor]) -> in
     return peak
 
 
-def measure_costs(model: nn.Module, held: Callable[[], int]) -> dict[str, int]:
+def measure_costs(model: nn.Module, held: Callable[[], int]) -> Counts:
     """Bytes that a block of each kind keeps where it is not made again; all blocks of `model` are, before and
     after.
 

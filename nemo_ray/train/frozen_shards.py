@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from nemo_ray.model.sharding import RowShard
+from nemo_ray.train.reached import when_reached
 
 # torch 2.13's name for it; there the older one warns.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -50,20 +51,6 @@ class _Buffer:
     block: int | None = None
     arrived: tuple[torch.cuda.Event, ...] = ()
     """After the last of its weights."""
-
-
-class _Reached(torch.autograd.Function):
-    """Nothing; tells of a block's output that its backward pass begins."""
-
-    @staticmethod
-    def forward(ctx, hidden: torch.Tensor, tell: Any) -> torch.Tensor:
-        ctx.tell = tell
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        ctx.tell()
-        return grad, None
 
 
 class FrozenShards:
@@ -206,10 +193,7 @@ class FrozenShards:
         self._use(index, range(index + 1, min(index + 1 + AHEAD, len(self.blocks))))
 
     def _after_forward(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        if not hidden.requires_grad:
-            return hidden
-        reached: torch.Tensor = _Reached.apply(hidden, partial(self._before_backward, index))
-        return reached
+        return when_reached(hidden, partial(self._before_backward, index))
 
     def _before_backward(self, index: int) -> None:
         self._in_backward = index

@@ -20,9 +20,10 @@ from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.packing import Pack
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.lora import lora_parameters
-from nemo_ray.train.activations import keep_what_fits
+from nemo_ray.train.activations import Kept, keep_what_fits
 from nemo_ray.train.graph import CudaRecorder, GraphedPasses
 from nemo_ray.train.micro_batch import MicroBatch
+from nemo_ray.train.offload import HostActivations
 from nemo_ray.train.optim import AdamW, AdamW8bit, clip_gradients
 from nemo_ray.train.parallelize import Parallel
 
@@ -78,13 +79,15 @@ class Update:
             self._recorder = CudaRecorder()
             self.graphs = GraphedPasses(trainee.model, trainee.parameters, trainee.device, self._recorder)
 
-    def keep_activations(self, sequence_len: int) -> dict[str, int]:
-        """Let as many blocks keep their activations as fit beside packs of `sequence_len` tokens; returns how
-        many of each kind do."""
+    def keep_activations(self, sequence_len: int, offload: bool) -> Kept:
+        """Let as many blocks keep their activations as fit beside packs of `sequence_len` tokens, and others
+        on the host where `offload`: but not what FSDP2 shards."""
         if not self.trainee.optimizer.started:
             self.trainee.optimizer.start_states()
         loss = blank_loss(self.trainee, self.train.micro_batch_size, sequence_len)
-        kept = keep_what_fits(self.trainee.model.train(), self.trainee.device, loss)
+        model, device = self.trainee.model.train(), self.trainee.device
+        moving = HostActivations(model, device) if offload and not self.trainee.parallel.sharded else None
+        kept = keep_what_fits(model, device, loss, moving)
         self._zero_gradients()
         return kept
 

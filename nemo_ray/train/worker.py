@@ -163,10 +163,12 @@ def watched(
             top_tokens_per_s=top_speed(config, base, device),
             pause_after=spec.pause_after,
         )
-        if config.gradient_checkpointing == "auto" and device.type == "cuda":
-            kept = trainer.update.keep_activations(config.sequence_len)
+        if isinstance(config.gradient_checkpointing, str) and device.type == "cuda":
+            offload = config.gradient_checkpointing == "offload"
+            kept = trainer.update.keep_activations(config.sequence_len, offload)
             if rank == 0:
-                run.update_run({"kept_activations": kept})
+                found = {"kept_activations": kept.on_gpu, "offloaded_activations": kept.on_host}
+                run.update_run(found)
         if state.step == 0:
             complete_prompts(trainer, config, base, "before", 0)
         finished = trainer.run()
@@ -288,8 +290,8 @@ def make_trainee(
     model, targets = build(model_config, config.adapter_config, precision, device)
     bind_loss(model)
     layout, factors_whole = choose_layout(config, base, device)
-    auto = config.gradient_checkpointing == "auto"  # on a GPU: all of them, until it is known what fits
-    recompute = device.type == "cuda" if auto else bool(config.gradient_checkpointing)
+    asked = config.gradient_checkpointing  # auto, offload: on a GPU all of them, until it is known what fits
+    recompute = device.type == "cuda" if isinstance(asked, str) else asked
     parallel = parallelize(model, layout, device, recompute, factors_whole)
     source = None if config.reinit_weights else base
     fill(model, source, seed=config.seed, device=device, adapter_seed=config.seed)

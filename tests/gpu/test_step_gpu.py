@@ -132,16 +132,16 @@ def test_what_fits_is_kept_and_changes_no_gradient(monkeypatch):
         moved = on_gpu(micro)
         return model.target_log_probs(moved.batch, moved.targets).sum()
 
-    assert activations.keep_what_fits(model, GPU, forward) == {
+    assert activations.keep_what_fits(model, GPU, forward).on_gpu == {
         kind: sum(block.block_type == kind for block in model.model.layers)
         for kind in {block.block_type for block in model.model.layers}
     }
     _, kept = gradients(model, parameters, micro)
     with monkeypatch.context() as patch:  # a share of the GPU that is used up already
         patch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 0.001)
-        assert not any(activations.keep_what_fits(model, GPU, forward).values())
+        assert not any(activations.keep_what_fits(model, GPU, forward).on_gpu.values())
     monkeypatch.setattr(activations, "SPARE_BYTES", 2**50)
-    assert not any(activations.keep_what_fits(model, GPU, forward).values())
+    assert not any(activations.keep_what_fits(model, GPU, forward).on_gpu.values())
     _, recomputed = gradients(model, parameters, micro)
     for name, grad in kept.items():
         assert (grad - recomputed[name]).norm() <= 1e-3 * grad.norm(), name

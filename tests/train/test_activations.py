@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from nemo_ray.model.batch import PackedBatch
-from nemo_ray.train.activations import choose_kept, keep_most, measure_costs
+from nemo_ray.train.activations import choose_kept, keep_most, keep_or_move, measure_costs
 from tests.group import group_of_one
 from tests.model.shapes import tiny_model
 
@@ -77,3 +78,50 @@ def test_room_that_a_choice_leaves_is_measured_again():
         kept = keep_most(model, COSTS, 100 + COSTS["moe"] + 1, peak, torch.device("cpu"))
     assert kept == {"moe": 2, "linear_attention": 0, "full_attention": 0}
     assert [block.recompute for block in layers if block.block_type == "moe"] == [True, False, False]
+
+
+class Moving:
+    """Notes which blocks' activations go to the host."""
+
+    device = torch.device("cpu")
+    moved: frozenset[int] = frozenset()
+
+    def move(self, blocks: set[int]) -> None:
+        self.moved = frozenset(blocks)
+
+
+@pytest.mark.parametrize(
+    ("room", "most", "on_gpu", "on_host"),
+    [
+        (1000, 1000, {"linear_attention": 4, "moe": 8}, {}),
+        (4 * 8, 1000, {"moe": 2}, {"moe": 6, "linear_attention": 4}),
+        (4 * 7, 1000, {"moe": 2}, {"moe": 6}),
+        (4 * 7, 30, {"moe": 2}, {"moe": 4}),
+        (4 * 7, 0, {"moe": 4}, {}),
+        (8 * 7, 45, {"moe": 6, "linear_attention": 0}, {"moe": 2, "linear_attention": 3}),
+        (2 * 7, 1000, {"moe": 2}, {}),  # what is on its way has no room
+    ],
+)
+def test_what_does_not_fit_goes_to_the_host_as_far_as_it_can_be_copied(room, most, on_gpu, on_host):
+    kinds = ["linear_attention", "moe", "moe"] * 4
+    layers = [SimpleNamespace(block_type=kind, recompute=True) for kind in kinds]
+    model, moving = SimpleNamespace(model=SimpleNamespace(layers=layers)), Moving()
+    costs = {"linear_attention": 10, "moe": 7}
+
+    def peak() -> int:
+        kept = [
+            costs[b.block_type] for i, b in enumerate(layers) if not b.recompute and i not in moving.moved
+        ]
+        return 100 + sum(kept) + (2 * 7 if moving.moved else 0)
+
+    with group_of_one():
+        kept = keep_or_move(model, costs, 100 + room, peak, moving, most)
+    assert {kind: count for kind, count in kept.on_gpu.items() if count} == {
+        kind: count for kind, count in on_gpu.items() if count
+    }
+    assert kept.on_host == on_host
+    assert peak() <= 100 + room and sum(costs[kinds[index]] for index in moving.moved) <= most
+    assert sum(not b.recompute for b in layers) == sum(on_gpu.values()) + sum(on_host.values())
+    for kind, count in on_host.items():
+        places = sorted(index for index in moving.moved if kinds[index] == kind)
+        assert len(places) == count and places[0] == kinds.index(kind), "from the beginning"

@@ -1,0 +1,216 @@
+"""Activations in host memory, of blocks that neither keep theirs on the GPU nor make them again.
+
+What such a block saves for its backward pass goes to pinned memory while the blocks after it compute, and is
+brought back while the backward pass is at those: copy engines do it, no multiprocessor. Only where a block's
+turn comes before its copies are done does anybody wait. Addresses on the host stay from pass to pass, so a
+step can be recorded as a CUDA graph.
+"""
+
+import itertools
+import mmap
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from nemo_ray.train.reached import when_reached
+
+LEAST_BYTES = 2**24  # smaller tensors stay: they free little
+AHEAD = 2  # blocks whose backward passes hide the way back
+LEAVING = 2  # moved blocks whose tensors may be on their way at a time, and still in the GPU's memory
+
+_PROBE_BYTES = 2**28
+_HIDDEN = 0.8  # of a forward pass: the first copies begin after the first moved block
+
+
+@dataclass
+class _Saved:
+    """The memory of tensors that a block saved; some of them may be views of the same."""
+
+    host: torch.Tensor
+    device: torch.Tensor | None
+    """Bytes on the GPU: on their way to the host, or back from there."""
+    uses: int = 0
+    """In the backward pass, that are still to come."""
+    arrived: torch.cuda.Event | None = None
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor that was saved, as a view of its memory."""
+
+    memory: _Saved
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class HostActivations:
+    """Moves what blocks of a model save, one pass at a time; `move` says which blocks'.
+
+    Weights must stay where they are: not for a model that FSDP2 shards.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._model, self.device = model, device
+        self.moved: frozenset[int] = frozenset()
+        self._weights: set[int] = set()
+        """Addresses: a weight that is saved stays where it is."""
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._saved: dict[int, list[_Saved]] = {}
+        self._hosts: dict[tuple[int, int], torch.Tensor] = {}
+        self._leaving: deque[tuple[torch.cuda.Event | None, list[_Saved]]] = deque()
+        self._hooks: saved_tensors_hooks | None = None
+        model.model.embeddings.register_forward_pre_hook(lambda *_: self._let_go(0))
+        for index, block in enumerate(model.model.layers):
+            block.register_forward_pre_hook(lambda *_, index=index: self._before_forward(index))
+            block.register_forward_hook(
+                lambda *args, index=index: self._after_forward(index, args[-1]), always_call=True
+            )
+
+    def move(self, blocks: Collection[int]) -> None:
+        """From the next pass on, move what these blocks save, which must not be made again."""
+        self.moved = frozenset(blocks)
+        weights = itertools.chain(self._model.parameters(), self._model.buffers())
+        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._hosts = {key: host for key, host in self._hosts.items() if key[0] in self.moved}
+
+    @property
+    def host_bytes(self) -> int:
+        """Of pinned memory."""
+        return sum(host.numel() for host in self._hosts.values())
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def _before_forward(self, index: int) -> None:
+        if index in self.moved and torch.is_grad_enabled():
+            self._let_go(LEAVING - 1)
+            self._saved[index] = []
+            self._hooks = saved_tensors_hooks(partial(self._pack, index), self._unpack)
+            self._hooks.__enter__()
+
+    def _after_forward(self, index: int, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        if self._hooks is not None:
+            self._hooks.__exit__()
+            self._hooks = None
+            event = self._stream.record_event() if self._stream is not None else None
+            self._leaving.append((event, self._saved[index]))
+        if hidden is None or not self.moved:  # None where the block raised
+            return hidden
+        return when_reached(hidden, partial(self._before_backward, index))
+
+    def _pack(self, index: int, tensor: torch.Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() < LEAST_BYTES or storage.data_ptr() in self._weights:
+            return tensor
+        # None of these lets go of its memory in this block's pass, so an address stands for one of them.
+        found = next((one for one in self._saved[index] if _address(one) == storage.data_ptr()), None)
+        if found is None:
+            found = self._send(index, storage)
+        found.uses += 1
+        return _View(found, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    def _send(self, index: int, storage: torch.UntypedStorage) -> _Saved:
+        saved, key = self._saved[index], (index, len(self._saved[index]))
+        memory = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
+        if key not in self._hosts or self._hosts[key].numel() != memory.numel():
+            self._hosts[key] = pinned(memory.numel(), self.device)
+        self._copy(self._hosts[key], memory)
+        saved.append(_Saved(self._hosts[key], memory))
+        return saved[-1]
+
+    def _let_go(self, on_their_way: int) -> None:
+        """Give back the GPU's memory of all but the last so many blocks, when it has been copied."""
+        while len(self._leaving) > on_their_way:
+            event, saved = self._leaving.popleft()
+            if event is not None:
+                torch.cuda.current_stream().wait_event(event)
+            for one in saved:
+                one.device = None
+
+    # -- backward ---------------------------------------------------------------------------------
+
+    def _before_backward(self, index: int) -> None:
+        self._let_go(0)
+        for coming in range(index, max(index - AHEAD, 0) - 1, -1):
+            for saved in reversed(self._saved.get(coming, ())):
+                self._fetch(saved)
+
+    def _fetch(self, saved: _Saved) -> None:
+        if saved.device is None and saved.uses:
+            saved.device = torch.empty_like(saved.host, device=self.device)
+            self._copy(saved.device, saved.host)
+            saved.arrived = self._stream.record_event() if self._stream is not None else None
+
+    def _unpack(self, view: Any) -> torch.Tensor:
+        if isinstance(view, torch.Tensor):
+            return view
+        saved = view.memory
+        self._fetch(saved)
+        assert saved.device is not None
+        if saved.arrived is not None:
+            torch.cuda.current_stream().wait_event(saved.arrived)
+        tensor = saved.device.view(view.dtype).as_strided(view.size, view.stride, view.offset)
+        saved.uses -= 1
+        if not saved.uses:
+            saved.device = saved.arrived = None
+        return tensor
+
+    def _copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        """After what the current stream has done so far, beside what it does next."""
+        if self._stream is None:
+            to.copy_(source)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            to.copy_(source, non_blocking=True)
+
+
+def _address(saved: _Saved) -> int:
+    assert saved.device is not None  # its block's forward pass is not over
+    return saved.device.data_ptr()
+
+
+def movable_bytes(device: torch.device, forward: Callable[[], torch.Tensor]) -> int:
+    """How much can be copied to the host while a forward pass computes, and lie there: of its free memory
+    half, shared with the other workers of this host.
+
+    Args:
+        forward: of a batch of the size that will train; called before, so that nothing is made at first now.
+    """
+    host, source = pinned(_PROBE_BYTES, device), torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=device)
+    copy_s = _seconds(lambda: host.copy_(source, non_blocking=True))
+    forward_s = _seconds(lambda: forward())
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    held = free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(held, int(_HIDDEN * forward_s / copy_s * _PROBE_BYTES))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Of GPU time, the second time."""
+    for _ in range(2):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        work()
+        ended.record()
+    torch.cuda.synchronize()
+    return float(began.elapsed_time(ended)) / 1000
+
+
+def pinned(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Bytes of host memory that the GPU reads and writes by itself, exactly so many: torch's own allocator
+    rounds up to powers of two. Raises: RuntimeError where the system does not give it."""
+    memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)  # whole pages of its own
+    if device.type == "cuda":
+        cudart, address = torch.cuda.cudart(), memory.data_ptr()
+        torch.cuda.check_error(cudart.cudaHostRegister(address, num_bytes, 0))
+        weakref.finalize(memory, cudart.cudaHostUnregister, address).atexit = False
+    return memory

@@ -1,0 +1,208 @@
+"""Activations in host memory: the same gradients, and tensors of the GPU let go and brought back in time.
+
+On GPUs in tests/gpu. Here a stand-in for CUDA's streams lets a CPU take the way of a GPU.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_ray.config.schema import AdapterSection
+from nemo_ray.model.batch import PackedBatch
+from nemo_ray.model.load import Precision, build, fill
+from nemo_ray.model.selftest import random_ids
+from nemo_ray.train import offload
+from nemo_ray.train.loss import bind_loss
+from nemo_ray.train.offload import AHEAD, LEAVING, HostActivations
+from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
+
+PATTERN = "MEMEM*EMEMME*EE-ME"
+BATCH = PackedBatch.from_lengths(random_ids(128, (17, 23)), [[17, 23]])
+LARGE = 40 * 32 * 4
+"""Bytes of a tensor of a token's width, in float32."""
+
+
+class Event:
+    def __init__(self, stream: "Stream") -> None:
+        self.stream, self.at = stream, len(stream.done)
+
+
+class Stream:
+    """Notes what is done on it, and that somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.done: list[Any] = []
+
+    def wait_stream(self, other: "Stream") -> None: ...
+
+    def record_event(self) -> Event:
+        return Event(self)
+
+    def wait_event(self, event: Event) -> None:
+        WAITED.append(event)
+
+
+WAITED: list[Event] = []
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    current = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    WAITED.clear()
+    yield
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "LEAST_BYTES", LARGE)
+
+
+def model_of(**adapter: Any) -> torch.nn.Module:
+    model, _ = build(
+        tiny_config(pattern=PATTERN), AdapterSection(**(ALL_TARGETS | adapter)), Precision(), CPU
+    )
+    bind_loss(model)
+    fill(model, None, seed=3, device=CPU, adapter_seed=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B.weight") or name.endswith("lora_B"):
+                parameter.normal_(std=0.02)
+    return model.train()
+
+
+def passes(model: torch.nn.Module, batch: PackedBatch = BATCH) -> dict[str, torch.Tensor]:
+    """Loss and gradients."""
+    model.zero_grad(set_to_none=True)
+    loss = -model.target_log_probs(batch, batch.input_ids).sum()
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys() and len(found) > 20
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+BLOCKS = {
+    "experts": [index for index, kind in enumerate(PATTERN) if kind == "E"],
+    "mamba": [index for index, kind in enumerate(PATTERN) if kind == "M"],
+    "all": list(range(len(PATTERN))),
+    "last": [len(PATTERN) - 1],
+}
+
+
+@pytest.mark.parametrize("blocks", BLOCKS)
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_gradients_are_the_same(blocks: str, as_on_a_gpu: bool, streams: None) -> None:
+    model = model_of()
+    wanted = passes(model)
+    moving = HostActivations(model, CPU)
+    assert_equal(passes(model), wanted)
+    if as_on_a_gpu:
+        moving._stream = Stream()  # type: ignore[assignment]
+    moving.move(BLOCKS[blocks])
+    for index, block in enumerate(model.model.layers):
+        block.recompute = index not in moving.moved
+    assert moving.host_bytes == 0
+    assert_equal(passes(model), wanted)
+    held = moving.host_bytes
+    assert held > LARGE * len(moving.moved) / 2
+    assert_equal(passes(model), wanted)
+    assert moving.host_bytes == held, "the same memory in every pass"
+    if as_on_a_gpu:
+        assert WAITED
+    moving.move([])
+    assert moving.host_bytes == 0
+    assert_equal(passes(model), wanted)
+
+
+def test_weights_stay_where_they_are() -> None:
+    """A full fine-tune saves its weights too."""
+    model, _ = build(tiny_config(pattern=PATTERN), AdapterSection(adapter=None), Precision(), CPU)
+    bind_loss(model)
+    fill(model, None, seed=3, device=CPU, adapter_seed=3)
+    model.train()
+    wanted = passes(model)
+    moving = HostActivations(model, CPU)
+    moving.move(BLOCKS["all"])
+    sent: list[int] = []
+    send = moving._send
+
+    def noted(index: int, storage: torch.UntypedStorage) -> Any:
+        sent.append(storage.data_ptr())
+        return send(index, storage)
+
+    moving._send = noted  # type: ignore[method-assign]
+    assert_equal(passes(model), wanted)
+    assert sent and not {p.untyped_storage().data_ptr() for p in model.parameters()} & set(sent)
+
+
+def test_memory_of_the_gpu_is_let_go_and_comes_back_ahead(streams: None, monkeypatch: Any) -> None:
+    model, there = model_of(), dict[int, int]()
+    moving = HostActivations(model, CPU)
+    moving._stream = Stream()  # type: ignore[assignment]
+    moving.move(BLOCKS["experts"])
+
+    def held() -> list[int]:
+        """Blocks of which something lies on the GPU."""
+        return [i for i, saved in moving._saved.items() if any(one.device is not None for one in saved)]
+
+    late: list[int] = []
+    before = moving._before_backward
+
+    def noted(index: int) -> None:
+        if index in moving.moved and any(one.device is None for one in moving._saved[index] if one.uses):
+            late.append(index)
+        before(index)
+        there[index] = len(held())
+        assert all(index - AHEAD <= one <= index for one in held())
+
+    moving._before_backward = noted  # type: ignore[method-assign]
+    let_go = moving._let_go
+
+    def counted(on_their_way: int) -> None:
+        let_go(on_their_way)
+        assert len(held()) <= max(on_their_way, AHEAD + 1)
+
+    moving._let_go = counted  # type: ignore[method-assign]
+    passes(model)
+    assert not held() and not moving._leaving
+    assert late == [max(moving.moved)] or not late, "only the last one cannot be fetched ahead"
+    assert len(there) == len(PATTERN) and max(there.values()) <= AHEAD + 1 and LEAVING >= 1
+
+
+def test_a_pass_that_is_given_up_harms_none_after_it() -> None:
+    model = model_of()
+    wanted = passes(model)
+    moving = HostActivations(model, CPU)
+    moving.move(BLOCKS["experts"])
+    with torch.no_grad():
+        model.target_log_probs(BATCH, BATCH.input_ids)
+    assert moving.host_bytes == 0, "evaluation saves nothing"
+    model.target_log_probs(BATCH, BATCH.input_ids)  # and no backward pass
+    assert_equal(passes(model), wanted)
+    broken = model.model.layers[BLOCKS["experts"][1]].mixer.experts
+    forward, broken.forward = broken.forward, lambda *given: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        passes(model)
+    broken.forward = forward
+    assert_equal(passes(model), wanted)
+
+
+def test_batches_of_other_sizes_take_other_memory() -> None:
+    model = model_of()
+    moving = HostActivations(model, CPU)
+    moving.move(BLOCKS["experts"])
+    longer = PackedBatch.from_lengths(random_ids(128, (64, 32)), [[64, 32]])
+    passes(model)
+    small = moving.host_bytes
+    passes(model, longer)
+    assert moving.host_bytes > small
+    assert_equal(passes(model), passes(model))
