@@ -220,6 +220,17 @@ def nodes() -> list[dict[str, float]]:
     return [dict(node["Resources"]) for node in found if node["Alive"]]
 
 
+def on_this_node() -> dict[str, float]:
+    """A resource that this node alone has, for what must run here."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    found = ray.nodes()  # type: ignore[no-untyped-call]
+    has = next(node["Resources"] for node in found if node["NodeID"] == own)
+    name = next(name for name in has if name.startswith("node:") and "head" not in name)
+    return {name: 0.001}
+
+
 def shutdown() -> None:
     """Leave Ray, and end it if it is ours."""
     with contextlib.suppress(ImportError):

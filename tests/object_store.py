@@ -174,11 +174,12 @@ class ObjectStore:
         client = self.client()
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        return {
-            key: client.get_object(Bucket=bucket, Key=key)["Body"].read()
-            for key in keys
-            if not key.endswith("/")
-        }
+        found = {}
+        for key in keys:
+            if not key.endswith("/"):
+                with contextlib.suppress(client.exceptions.NoSuchKey):  # deleted since it was listed
+                    found[key] = client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        return found
 
     def put(self, bucket: str, key: str, data: bytes) -> None:
         self.client().put_object(Bucket=bucket, Key=key, Body=data)

@@ -5,13 +5,10 @@ population.json is written when all that a generation changes is in place. A swe
 it again, from the same figures: a trial that is copied from is never one that is copied to.
 """
 
-import shutil
 from collections.abc import Callable
 
 from nemo_ray.config.schema import Config
 from nemo_ray.errors import ConfigError
-from nemo_ray.run_dir import RunDir
-from nemo_ray.storage import publish_folder
 from nemo_ray.tune.course import Course
 from nemo_ray.tune.load import Sweep, Trial
 from nemo_ray.tune.population import explore, replacements
@@ -96,7 +93,7 @@ class Generations:
             except ValueError as error:
                 course.ended(number, FAILED, str(error))
                 continue
-            take_over(course.run(number), course.run(source), reached[source].step)
+            course.folder.copy_checkpoint(source, number, reached[source].step)
             changes.append(Change(evaluation, reached[source].step, number, source, point))
         over = Population(self._population.generations + 1, (*self._population.changes, *changes))
         course.folder.write_population(over)
@@ -107,12 +104,3 @@ class Generations:
                 f"trial {change.number} goes on from trial {change.source} at step {change.step}: "
                 f"{describe(self._points[change.number])}"
             )
-
-
-def take_over(run: RunDir, source: RunDir, step: int) -> None:
-    """Put another run's checkpoint of `step` in the place of this one's. Raises: OSError"""
-    place = run.checkpoint_dir(step)
-    aside = place.with_name(f".{place.name}.taken-over")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source.checkpoint_dir(step), aside)
-    publish_folder(aside, place)

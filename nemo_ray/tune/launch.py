@@ -24,15 +24,14 @@ from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.sources import plan_data
 from nemo_ray.errors import ConfigError, NemoRayError
 from nemo_ray.failures import one_line, root_cause
-from nemo_ray.run_dir import RunDir
+from nemo_ray.stored_run import open_run
 from nemo_ray.targets import read_shape
 from nemo_ray.train import outputs, resources, summary
 from nemo_ray.train.background import Background
 from nemo_ray.train.best import check_metric
-from nemo_ray.train.driver_lock import DriverLock
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
-from nemo_ray.train.launch import check_nodes, prepare_data
+from nemo_ray.train.launch import check_nodes, driver_lock, prepare_data
 from nemo_ray.train.room import wait_for_room
 from nemo_ray.train.trackers.setup import check_trackers
 from nemo_ray.train.trackers.setup import variables_to_pass_on as trackers_variables
@@ -45,7 +44,8 @@ from nemo_ray.tune.load import Sweep, Trial
 from nemo_ray.tune.report import write_report
 from nemo_ray.tune.shards import Shard
 from nemo_ray.tune.source import Begun, Known, Proposed, Source, recall
-from nemo_ray.tune.sweep_dir import BEST_NAME, SweepDir
+from nemo_ray.tune.stored_sweep import open_sweep
+from nemo_ray.tune.sweep_dir import BEST_NAME
 from nemo_ray.tune.table import SweepDisplay
 from nemo_ray.tune.trial import STOPPED, Shared
 
@@ -70,12 +70,12 @@ class SweepLaunch:
         self.numbers = shard.numbers(sweep.num_trials)
         self.job_id = outputs.submission_id(os.environ)
         self.config = outputs.resolve_paths(sweep.base.config, self.job_id is not None, Path.cwd())
-        if urls.is_url(self.config.output_dir):
-            raise ConfigError(f"output_dir: {self.config.output_dir}: a sweep is kept in a folder; give one")
-        self.folder = SweepDir(self.config.output_dir)
+        self.folder = open_sweep(self.config.output_dir)
+        self.own = open_run(self.config.output_dir)
+        """For the small files that a sweep has as a run has them."""
         self.console = Console(highlight=False, width=None if sys.stdout.isatty() else _LOG_WIDTH)
         self.errors = Console(stderr=True, highlight=False)
-        self.lock = DriverLock(self.folder.path, self.job_id, self.say)
+        self.lock = driver_lock(self.own, self.job_id, self.say)
         self.environment = session.Environment()
         self.stop_data = threading.Event()
         self.data: Background | None = None
@@ -111,8 +111,9 @@ class SweepLaunch:
     # -- the order of things ---------------------------------------------------------------------
 
     def _run(self) -> int:
-        self.say(f"output: {self.folder.path}")
+        self.say(f"output: {self.folder.place}")
         self.lock.claim()
+        self.folder.pull(self.numbers)
         earlier: dict[str, Any] = {}
         if self.resume:
             earlier = setup.read_earlier(self.folder, self.sweep, self.shard)
@@ -154,7 +155,7 @@ class SweepLaunch:
         facts = setup.facts(self.sweep, self.shard, config, plan, self.job_id)
         facts["started_at"] = earlier.get("started_at", facts["started_at"])
         facts["lag"] = earlier.get("lag", at_once)
-        self.parent = Parent(config.tracking, self.folder.path.name, earlier.get("mlflow_run_id"), self.say)
+        self.parent = Parent(config.tracking, self.folder.name, earlier.get("mlflow_run_id"), self.say)
         self.parent.begin()
         facts["mlflow_run_id"] = self.parent.run_id
         self.folder.write({**facts, **self._facts(budget)})
@@ -243,7 +244,8 @@ class SweepLaunch:
                 raise KeyboardInterrupt
         if data.error is not None:
             raise data.error
-        for line in summary.data_lines(plan, RunDir(self.folder.path)):
+        self.folder.keep(self.own.rejected_file)
+        for line in summary.data_lines(plan, self.own):
             display.say(line)
 
     def _train(
@@ -301,7 +303,7 @@ class SweepLaunch:
         if not self.sweep.section.keep_pruned_checkpoints:
             for number, end in course.ends.items():
                 if end.status == STOPPED:
-                    shutil.rmtree(course.run(number).checkpoints_dir, ignore_errors=True)
+                    self.folder.drop_checkpoints(number)
         facts = self.folder.read()
         if best is not None:
             self.folder.publish_best(best, self._config_of(best, facts["config"]))
@@ -323,17 +325,18 @@ class SweepLaunch:
 
     def _config_of(self, best: int, shared: Mapping[str, Any]) -> dict[str, Any]:
         """What trains the best trial again, in a folder beside the sweep's."""
-        own = {**shared, **self.points[best], "output_dir": f"{self.folder.path}-{BEST_NAME}"}
+        own = {**shared, **self.points[best], "output_dir": f"{self.folder.place}-{BEST_NAME}"}
         return {name: value for name, value in own.items() if value is not None}
 
     def _fail(self, error: BaseException) -> int:
         cause, line = root_cause(error), one_line(error)
         text = "".join(traceback.format_exception(error))
         if self.begun and self.lock.holds():
-            own = RunDir(self.folder.path)
-            own.append_error("driver of the sweep", text)
+            self.own.append_error("driver of the sweep", text)
+            with contextlib.suppress(OSError):
+                self.folder.keep(self.own.error_file)
             if not isinstance(cause, NemoRayError):
-                line += f" (full traceback: {own.error_file})"
+                line += f" (full traceback: {self.folder.shown(self.own.error_file)})"
         elif not isinstance(cause, NemoRayError):
             self.errors.print(Text(text), soft_wrap=True)
         for part in line.splitlines():

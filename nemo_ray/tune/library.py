@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_ray.errors import NemoRayError
 from nemo_ray.session import require_none
+from nemo_ray.stored_run import working_folder
 from nemo_ray.tune.budget import Spent
 from nemo_ray.tune.load import load_sweep
 from nemo_ray.tune.shards import parse_shard
+from nemo_ray.tune.stored_sweep import StoredSweepDir
 from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
+from nemo_ray.urls import is_url
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -42,7 +45,7 @@ class SweepResult:
     """What came of a sweep."""
 
     path: Path
-    """Its directory; best/ in it is the result of the best trial."""
+    """Its directory; best/ in it is the result of the best trial. Of a sweep in a store, a copy here."""
     metric: str
     trials: tuple[TrialResult, ...]
     """Those that have ended, by number."""
@@ -100,12 +103,22 @@ def sweep(
         raise KeyboardInterrupt
     if code:
         raise NemoRayError("no trial of the sweep came to its end")
-    return read_result(launch.folder.path)
+    return result_of(launch.folder)
 
 
 def read_result(path: str | Path) -> SweepResult:
-    """What came of the sweep in the directory `path`. Raises: FileNotFoundError where there is none."""
-    folder = SweepDir(path)
+    """What came of the sweep in the directory `path`, or at that URL: then paths of the result are those of a
+    copy here, without checkpoints. Raises: FileNotFoundError where there is none, OSError."""
+    if not is_url(str(path)):
+        return result_of(SweepDir(path))
+    place = working_folder(str(path))
+    folder = StoredSweepDir(str(path), place.with_name(f"{place.name}-result"))
+    folder.pull()
+    return result_of(folder)
+
+
+def result_of(folder: SweepDir) -> SweepResult:
+    """The same of a directory that is up to date."""
     facts = folder.read()
     spent, trials = Spent.of(facts), []
     for number, params in enumerate(folder.points(facts["trials"])):

@@ -31,7 +31,8 @@ def write_report(folder: SweepDir) -> None:
     facts["trials"] = folder.points(facts["trials"])
     ends = {n: end for n in range(len(facts["trials"])) if (end := folder.read_end(n)) is not None}
     trials, changes = _trials(folder, facts, ends), folder.read_population().changes
-    publish_bytes(folder.report_file, report_page(folder.path.name, facts, trials, ends, changes).encode())
+    publish_bytes(folder.report_file, report_page(folder.name, facts, trials, ends, changes).encode())
+    folder.keep(folder.report_file)
 
 
 def _trials(folder: SweepDir, facts: dict[str, Any], ends: dict[int, TrialEnd]) -> list[Trial]:

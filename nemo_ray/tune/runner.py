@@ -13,9 +13,11 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
+from nemo_ray import session
 from nemo_ray.tune.course import Course
 from nemo_ray.tune.source import Source
 from nemo_ray.tune.trial import DRIVER_CPUS, FAILED, Evaluation, Shared, run_trial
+from nemo_ray.urls import is_url
 
 TRIAL_FAILURES = 3
 """How often a trial's own process may be lost."""
@@ -38,7 +40,9 @@ def fit(course: Course, shared: Shared, source: Source, at_once: int) -> None:
     _COURSES[name], _SOURCES[name] = course, source
     for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
-    trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"CPU": DRIVER_CPUS})
+    # Of a sweep in a store the driver reads the folders that the trials' processes keep on their node.
+    needs = {"CPU": DRIVER_CPUS, **(session.on_this_node() if is_url(course.folder.place) else {})}
+    trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), needs)
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(

@@ -38,14 +38,14 @@ def check_free(folder: SweepDir, overwrite: bool) -> None:
     if folder.holds_sweep():
         if not overwrite:
             raise ConfigError(
-                f"output_dir: {folder.path} already holds a sweep; continue it with --resume, replace it "
+                f"output_dir: {folder.place} already holds a sweep; continue it with --resume, replace it "
                 "with overwrite=true, or name another output_dir"
             )
         return
     foreign = folder.foreign_entries()
     if foreign:
         raise ConfigError(
-            f"output_dir: {folder.path} is not the folder of a sweep (it holds {', '.join(foreign[:3])}); "
+            f"output_dir: {folder.place} is not the folder of a sweep (it holds {', '.join(foreign[:3])}); "
             "name another output_dir"
         )
 
@@ -53,7 +53,7 @@ def check_free(folder: SweepDir, overwrite: bool) -> None:
 def read_earlier(folder: SweepDir, sweep: Sweep, shard: Shard) -> dict[str, Any]:
     """sweep.json of the sweep to continue. Raises ConfigError where there is none, or another one."""
     if not folder.holds_sweep():
-        raise ConfigError(f"output_dir: {folder.path} holds no sweep to resume; leave out --resume")
+        raise ConfigError(f"output_dir: {folder.place} holds no sweep to resume; leave out --resume")
     earlier = folder.read()
     section = sweep.section.model_dump(mode="json")
     same = (
@@ -64,12 +64,12 @@ def read_earlier(folder: SweepDir, sweep: Sweep, shard: Shard) -> dict[str, Any]
         keys = (*_SAME, *_SAME_OF_PBT)
     if not same or any(earlier["tune"].get(name) != section[name] for name in keys):
         raise ConfigError(
-            f"output_dir: the sweep in {folder.path} has other trials than this configuration makes; "
+            f"output_dir: the sweep in {folder.place} has other trials than this configuration makes; "
             "restore its tune section, or name another output_dir"
         )
     if Shard.of(earlier) != shard:
         raise ConfigError(
-            f"--shard: {folder.path} holds part {Shard.of(earlier)} of the sweep, not {shard}; give that one"
+            f"--shard: {folder.place} holds part {Shard.of(earlier)} of the sweep, not {shard}; give that one"
         )
     return earlier
 
@@ -78,7 +78,7 @@ def check_data(folder: SweepDir, earlier: Mapping[str, Any], plan: DataPlan) -> 
     """Raises ConfigError where the data changed since the sweep began."""
     if earlier["data_fingerprint"] != plan.fingerprint:
         raise ConfigError(
-            f"output_dir: the data of the sweep in {folder.path} changed since it began; restore its files "
+            f"output_dir: the data of the sweep in {folder.place} changed since it began; restore its files "
             "and data keys, or name another output_dir"
         )
 
@@ -87,8 +87,8 @@ def trial_config(trial: Trial, shared: Config, folder: SweepDir) -> Config:
     """As for an ordinary run that may have begun, in the sweep's folder, with what all trials share."""
     update: dict[str, Any] = {name: getattr(shared, name) for name in _SHARED}
     update |= {"resume_from_checkpoint": "auto", "overwrite": False}
-    update["output_dir"] = str(folder.trials_dir / trial_name(trial.number))
-    update |= trial_keys(shared.tracking, folder.path.name, trial_name(trial.number))
+    update["output_dir"] = folder.trial_place(trial.number)
+    update |= trial_keys(shared.tracking, folder.name, trial_name(trial.number))
     return trial.config.model_copy(update=update)
 
 

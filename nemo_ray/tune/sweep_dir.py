@@ -8,13 +8,13 @@
     prepared/              shards that all trials share, where no dataset_prepared_path is given
     error.log              the full traceback, where the sweep itself failed
 
-Everything lies on one file system that the driver and all nodes share.
+Everything lies on one file system that the driver and all nodes share, or in a store: stored_sweep.py.
 """
 
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from nemo_ray.run_dir import PREPARED_NAME, RunDir
-from nemo_ray.storage import publish_json, read_json, remove_tree
+from nemo_ray.storage import publish_folder, publish_json, read_json, remove_tree
 
 TRIALS_NAME = "trials"
 SWEEP_NAME = "sweep.json"
@@ -91,9 +91,34 @@ class SweepDir:
         self.report_file = self.path / "report.html"
         self.ray_dir = self.path / ".ray"
 
+    @property
+    def place(self) -> str:
+        """The path or URL that the user knows the sweep by."""
+        return str(self.path)
+
+    @property
+    def name(self) -> str:
+        """Of the sweep."""
+        return self.place.rstrip("/").rsplit("/", 1)[1]
+
+    def shown(self, path: Path) -> str:
+        """What the user is told of one of the sweep's paths."""
+        return str(path)
+
+    def pull(self, numbers: Iterable[int] | None = None) -> None:
+        """Before the directory is read: take what is kept elsewhere, of the trials `numbers`, or of all.
+        Raises OSError."""
+
+    def keep(self, path: Path) -> None:
+        """Keep a file elsewhere, if it is there and belongs there. Raises OSError."""
+
+    def trial_place(self, number: int) -> str:
+        """The output_dir of a trial."""
+        return str(self.trials_dir / trial_name(number))
+
     def trial(self, number: int) -> RunDir:
         """The run directory of a trial."""
-        return RunDir(self.trials_dir / trial_name(number))
+        return RunDir(self.trial_place(number))
 
     def holds_sweep(self) -> bool:
         """Whether a sweep lives here."""
@@ -113,6 +138,7 @@ class SweepDir:
     def write(self, facts: Mapping[str, Any]) -> None:
         """Write sweep.json, replacing what was there."""
         publish_json(self.sweep_json, dict(facts))
+        self.keep(self.sweep_json)
 
     def clear(self) -> None:
         """Remove the sweep, sweep.json last; prepared shards stay."""
@@ -133,7 +159,9 @@ class SweepDir:
     def write_end(self, end: TrialEnd) -> None:
         """Record how a trial ended."""
         value = None if end.value is None or math.isnan(end.value) else end.value
-        publish_json(self.trial(end.number).path / TRIAL_NAME, {**asdict(end), "value": value})
+        run = self.trial(end.number)
+        publish_json(run.path / TRIAL_NAME, {**asdict(end), "value": value})
+        run.keep(run.path / TRIAL_NAME)
 
     def read_population(self) -> Population:
         """population.json; nothing where there is none."""
@@ -145,6 +173,7 @@ class SweepDir:
     def write_population(self, population: Population) -> None:
         """Write population.json, replacing what was there."""
         publish_json(self.population_file, asdict(population))
+        self.keep(self.population_file)
 
     def points(self, begun: Sequence[Mapping[str, Any] | None]) -> list[dict[str, Any] | None]:
         """The values that each trial has now. `begun`: those that it began with, None where that is open."""
@@ -152,6 +181,14 @@ class SweepDir:
         for change in self.read_population().changes:
             found[change.number] = dict(change.point)
         return found
+
+    def drop_checkpoints(self, number: int) -> None:
+        """Remove a trial's checkpoints."""
+        shutil.rmtree(self.trial(number).checkpoints_dir, ignore_errors=True)
+
+    def copy_checkpoint(self, source: int, number: int, step: int) -> None:
+        """Put trial `source`'s checkpoint of `step` in the place of trial `number`'s. Raises OSError."""
+        take_over(self.trial(number), self.trial(source), step)
 
     def publish_best(self, number: int, config: Mapping[str, Any]) -> Path:
         """Copy the result of a trial to best/, with the configuration that trains it; returns best/."""
@@ -165,3 +202,12 @@ class SweepDir:
             remove_tree(self.best_dir)
         aside.rename(self.best_dir)
         return self.best_dir
+
+
+def take_over(run: RunDir, source: RunDir, step: int) -> None:
+    """Put another run's checkpoint of `step` in the place of this one's, both in folders. Raises OSError."""
+    place = run.checkpoint_dir(step)
+    aside = place.with_name(f".{place.name}.taken-over")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(source.checkpoint_dir(step), aside)
+    publish_folder(aside, place)

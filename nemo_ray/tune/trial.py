@@ -17,12 +17,15 @@ from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.failures import one_line
 from nemo_ray.run_dir import RunDir
+from nemo_ray.stored_run import open_run
 from nemo_ray.train import cluster, outputs
 from nemo_ray.train.background import Background
 from nemo_ray.train.best import EVAL_LOSS, metric_of
 from nemo_ray.train.driver_lock import DriverLock
+from nemo_ray.train.launch import driver_lock
 from nemo_ray.train.progress import MetricsTail
 from nemo_ray.train.resources import Demand
+from nemo_ray.train.store_lock import StoreLock
 
 POLL_S = 0.2
 DRIVER_CPUS = 0.01
@@ -87,10 +90,11 @@ def train(
 
     Raises what makes its directory unusable: ConfigError where another driver holds it.
     """
-    run = RunDir(config.output_dir)
-    lock = DriverLock(run.path, shared.job_id, lambda line: None)
+    run = open_run(config.output_dir)
+    lock = driver_lock(run, shared.job_id, lambda line: None)
     lock.claim()
     try:
+        run.pull()
         start = outputs.decide_start(run, config)
         if start.checkpoint is not None:
             outputs.check_plan(run, shared.plan)
@@ -104,6 +108,7 @@ def train(
         ended_at = datetime.now(UTC).isoformat(timespec="seconds")
         with contextlib.suppress(OSError):  # a full disk is told of by `reason`
             run.update_run({"outcome": status, "ended_at": ended_at})
+            run.push()
         return status, reason
     finally:
         lock.release()
@@ -113,7 +118,7 @@ def _fit(
     run: RunDir,
     told: Mapping[str, Any],
     shared: Shared,
-    lock: DriverLock,
+    lock: DriverLock | StoreLock,
     tell: Callable[[Evaluation], None],
 ) -> tuple[str, str]:
     asked = shared.wanted, told["config"].ray, lock.me, shared.verbose

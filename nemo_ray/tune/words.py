@@ -75,7 +75,7 @@ def print_result(
         population = folder.read_population()
         changes = summary.plural(len(population.changes), "trial")
         rows.append(("generations", f"{population.generations}; {changes} went on from another"))
-    rows += [("report", str(folder.report_file)), ("time", duration(budget.elapsed_s))]
+    rows += [("report", folder.shown(folder.report_file)), ("time", duration(budget.elapsed_s))]
     if hours := budget.spent.gpu_hours():
         cost = budget.spent.cost()
         rows.append(("GPU hours", f"{hours:.2f}{f', {cost:.2f} in all' if cost is not None else ''}"))
@@ -99,6 +99,6 @@ def _best_rows(
 ) -> list[tuple[str, str]]:
     return [
         ("best", f"trial {best}: {metric} {value:.4f} with {describe(point)}"),
-        ("result", str(folder.best_dir)),
-        ("configuration", str(folder.best_dir / CONFIG_NAME)),
+        ("result", folder.shown(folder.best_dir)),
+        ("configuration", folder.shown(folder.best_dir / CONFIG_NAME)),
     ]

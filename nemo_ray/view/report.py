@@ -14,7 +14,7 @@ from nemo_ray.errors import NemoRayError, StorageError, tell
 from nemo_ray.pages import Tile, chart, page, thin
 from nemo_ray.storage import publish_bytes, read_json
 from nemo_ray.train.summary import gib, plural
-from nemo_ray.view.seen import Seen, see
+from nemo_ray.view.seen import Seen, see, see_sweep
 
 _GIB = 2**30
 
@@ -177,16 +177,14 @@ def _configuration(config: Mapping[str, Any]) -> str:
 def write(place: str, output: str | None) -> str:
     """Write the page of what lies at `place`; returns where. Raises ConfigError, OSError."""
     from nemo_ray.tune.report import write_report
-    from nemo_ray.tune.sweep_dir import SweepDir
-    from nemo_ray.urls import is_url
 
-    if not is_url(place) and SweepDir(place).holds_sweep():
-        folder = SweepDir(place)
-        write_report(folder)
-        if output is None:
-            return str(folder.report_file)
-        publish_bytes(output, folder.report_file.read_bytes())
-        return output
+    with see_sweep(place) as folder:
+        if folder is not None:
+            write_report(folder)
+            if output is None:
+                return folder.shown(folder.report_file)
+            publish_bytes(output, folder.report_file.read_bytes())
+            return output
     with see(place) as seen:
         where = output or seen.run.shown(seen.run.report_file)
         publish_bytes(where, run_page(seen).encode())

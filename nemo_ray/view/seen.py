@@ -6,14 +6,18 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_ray.errors import ConfigError
 from nemo_ray.run_dir import RunDir
+from nemo_ray.storage import exists, join
 from nemo_ray.stored_run import StoredRunDir
 from nemo_ray.train import driver_lock, store_lock
 from nemo_ray.train.driver import Driver, process_lives
 from nemo_ray.urls import is_url
+
+if TYPE_CHECKING:
+    from nemo_ray.tune.sweep_dir import SweepDir
 
 RUNNING, BROKEN_OFF, UNSEEN = "running", "broken off", "running or broken off"
 _RECENT_STEPS = 20
@@ -44,7 +48,10 @@ class Seen:
 
     @property
     def state(self) -> str:
-        """`outcome` of run.json, or RUNNING, BROKEN_OFF; UNSEEN where its driver cannot be seen from here."""
+        """`outcome` of run.json, or if TYPE_CHECKING:
+            from nemo_ray.tune.sweep_dir import SweepDir
+
+        RUNNING, BROKEN_OFF; UNSEEN where its driver cannot be seen from here."""
         if "outcome" in self.facts:
             return str(self.facts["outcome"])
         alive = process_lives(self.holder) if self.holder is not None else False
@@ -120,3 +127,21 @@ def see(place: str) -> Iterator[Seen]:
         holder = store_lock.read_holder(place) if is_url(place) else driver_lock.read_holder(run.path)
         failures = run.read_failures() or list(facts.get("failures", ()))
         yield Seen(run, facts, run.read_metrics(), run.read_progress(), holder, failures)
+
+
+@contextlib.contextmanager
+def see_sweep(place: str) -> Iterator["SweepDir | None"]:
+    """The sweep in the directory or at the URL `place`; None where none is there. Raises OSError."""
+    from nemo_ray.tune.stored_sweep import StoredSweepDir
+    from nemo_ray.tune.sweep_dir import SWEEP_NAME, SweepDir
+
+    if not is_url(place):
+        folder = SweepDir(place)
+        yield folder if folder.holds_sweep() else None
+    elif not exists(join(place, SWEEP_NAME)):
+        yield None
+    else:
+        with tempfile.TemporaryDirectory(prefix="nemo-ray-view-") as name:
+            stored = StoredSweepDir(place, Path(name) / "sweep")
+            stored.pull()
+            yield stored

@@ -5,10 +5,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemo_ray.errors import NemoRayError, StorageError, tell
-from nemo_ray.view.seen import RUNNING, UNSEEN, Seen, see
+from nemo_ray.view.seen import RUNNING, UNSEEN, Seen, see, see_sweep
+
+if TYPE_CHECKING:
+    from nemo_ray.tune.sweep_dir import SweepDir
 
 EPILOG = """\
 exit codes: 0 the run goes on or has finished, 1 it failed, was stopped or broke off, 2 there is none
@@ -120,16 +123,14 @@ def rows_of(seen: Seen) -> list[tuple[str, str]]:
     return rows
 
 
-def show_sweep(place: str, as_json: bool) -> int:
+def show_sweep(folder: "SweepDir", as_json: bool) -> int:
     """The same for a sweep."""
     from rich.console import Console
 
-    from nemo_ray.tune import read_result
     from nemo_ray.tune.course import best_of
-    from nemo_ray.tune.sweep_dir import SweepDir
+    from nemo_ray.tune.library import result_of
 
-    folder = SweepDir(place)
-    facts, found = folder.read(), read_result(place)
+    facts, found = folder.read(), result_of(folder)
     ended = {trial.number: trial for trial in found.trials}
     best = best_of((trial.end for trial in found.trials), facts["tune"]["mode"])
     state = facts.get("outcome", "running or broken off")
@@ -145,12 +146,10 @@ def show_sweep(place: str, as_json: bool) -> int:
             for n, t in ended.items()
         ]
         print(
-            json.dumps(
-                {"output_dir": str(folder.path), "state": state, "best": best, "trials": trials}, indent=2
-            )
+            json.dumps({"output_dir": folder.place, "state": state, "best": best, "trials": trials}, indent=2)
         )
         return 0
-    print(f"sweep {folder.path}: {state}, {len(ended)} of {len(facts['trials'])} trials have ended")
+    print(f"sweep {folder.place}: {state}, {len(ended)} of {len(facts['trials'])} trials have ended")
     frame = found.dataframe
     if len(frame):
         Console(soft_wrap=True).print(frame.to_string(index=False), highlight=False, markup=False)
@@ -175,11 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def show(place: str, as_json: bool) -> int:
     """Print the state of what lies at `place`. Raises ConfigError, OSError."""
-    from nemo_ray.tune.sweep_dir import SweepDir
-    from nemo_ray.urls import is_url
-
-    if not is_url(place) and SweepDir(place).holds_sweep():
-        return show_sweep(place, as_json)
+    with see_sweep(place) as folder:
+        if folder is not None:
+            return show_sweep(folder, as_json)
     with see(place) as seen:
         if as_json:
             print(json.dumps(summarize(seen), indent=2))

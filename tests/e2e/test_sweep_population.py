@@ -11,7 +11,7 @@ from tests.e2e.command import TUNE, Command
 from tests.e2e.compare import assert_each_step_once, eval_rows, train_rows
 from tests.e2e.world import World
 
-pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.soak, pytest.mark.timeout(900)]
 
 RATES = [1e-2, 1e-6, 5e-3]
 STEPS, EVERY = 6, 3

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_ray.run_dir import RunDir
 from nemo_ray.train.worker import run_worker
-from nemo_ray.tune.generations import take_over
+from nemo_ray.tune.sweep_dir import take_over
 from tests.e2e.compare import assert_same_adapter, assert_same_course, eval_rows, train_rows
 from tests.group import group_of_one
 from tests.train.runs import CPU, Runs

@@ -10,7 +10,7 @@ import pytest
 from nemo_ray.config.schema import Config
 from nemo_ray.errors import ConfigError
 from nemo_ray.run_dir import RunDir
-from nemo_ray.tune import generations
+from nemo_ray.tune import sweep_dir
 from nemo_ray.tune.course import Course
 from nemo_ray.tune.generations import Generations
 from nemo_ray.tune.load import Sweep, Trial, load_sweep
@@ -189,12 +189,12 @@ def test_killed_between_generations_it_is_the_same(
 
     with monkeypatch.context() as broken:
         if moment == "copy":
-            broken.setattr(generations.shutil, "copytree", dies(generations.shutil.copytree, False))
+            broken.setattr(sweep_dir.shutil, "copytree", dies(sweep_dir.shutil.copytree, False))
         elif moment == "note":
             broken.setattr(SweepDir, "write_population", dies(SweepDir.write_population, True))
         else:
-            publish = dies(generations.publish_folder, moment == "rename")
-            broken.setattr(generations, "publish_folder", publish)
+            publish = dies(sweep_dir.publish_folder, moment == "rename")
+            broken.setattr(sweep_dir, "publish_folder", publish)
         with pytest.raises(Killed):
             Play(sweep, tmp_path / "killed").run(random.Random(1))
     again = Play(sweep, tmp_path / "killed")

@@ -74,5 +74,3 @@ def test_what_the_driver_refuses_is_raised(tmp_path: Path, capsys: pytest.Captur
     assert "error: output_dir" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="holds no sweep to resume"):
         sweep(config, resume=True)
-    with pytest.raises(ConfigError, match="kept in a folder"):
-        sweep(config, "output_dir=s3://bucket/out")
