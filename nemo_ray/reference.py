@@ -6,7 +6,6 @@ Owns docs/cli.md only; the keys of a configuration are nemo_ray/config/docs.py's
 import contextlib
 import io
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 
@@ -69,4 +68,4 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    write(reference(), sys.argv[1:])
+    write(reference)

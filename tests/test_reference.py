@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from nemo_ray.cli import COMMANDS
-from nemo_ray.config.docs import write
 from nemo_ray.reference import reference
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
@@ -44,7 +43,10 @@ def test_the_terminal_does_not_change_the_page(columns: str | None, monkeypatch:
 
 
 def test_it_writes_the_file_and_loads_neither_torch_nor_ray(tmp_path: Path) -> None:
-    write(reference(), [str(tmp_path / "cli.md")])
+    for argument in ("cli.md", "--help"):
+        command = [sys.executable, "-m", "nemo_ray.reference", argument]
+        assert subprocess.run(command, cwd=tmp_path, timeout=60).returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["cli.md"]
     assert (tmp_path / "cli.md").read_text(encoding="utf-8") == reference()
     loaded = "import sys; from nemo_ray.reference import reference; reference(); print(*sys.modules)"
     told = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, timeout=60)

@@ -1,7 +1,8 @@
 """The reference page, generated from the schema: `python -m nemo_ray.config.docs [FILE]`."""
 
+import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,16 @@ def _foreign_table(table: tuple[Foreign, ...], refused: bool) -> Iterator[str]:
             yield f"| {', '.join(f'`{key}`' for key in entry.keys)} | {entry.line} |"
 
 
-def write(page: str, arguments: list[str]) -> None:
-    """To the file that is named, or to standard output."""
-    if arguments:
-        Path(arguments[0]).write_text(page, encoding="utf-8")
+def write(make: Callable[[], str]) -> None:
+    """As the command line says: a page to the file that it names, or to standard output."""
+    parser = argparse.ArgumentParser(description="Write a page of the documentation, made from the code.")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="default: standard output")
+    file = parser.parse_args().file
+    if file:
+        Path(file).write_text(make(), encoding="utf-8")
     else:
-        sys.stdout.write(page)
+        sys.stdout.write(make())
 
 
 if __name__ == "__main__":
-    write(reference(), sys.argv[1:])
+    write(reference)

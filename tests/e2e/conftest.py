@@ -7,6 +7,7 @@ import pytest
 from nemo_ray.run_dir import RunDir
 from tests.e2e.compare import assert_loss_falls
 from tests.e2e.world import World
+from tests.object_store import ObjectStore
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +16,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made = World(tmp_path_factory.mktemp("e2e"))
     yield made
     made.end()
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """An object store with a bucket "runs", with its address and keys in this process's environment."""
+    with ObjectStore() as made:
+        made.create_bucket("runs")
+        for name, value in made.environ().items():
+            monkeypatch.setenv(name, value)
+        yield made
 
 
 @pytest.fixture(scope="session")

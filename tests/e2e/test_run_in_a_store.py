@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,6 @@ from tests.train.tracker_readers import tensorboard_points
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 
 ADAPTER = "adapter_model.safetensors"
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    """With its address and keys in this process's environment."""
-    with ObjectStore() as made:
-        made.create_bucket("runs")
-        for name, value in made.environ().items():
-            monkeypatch.setenv(name, value)
-        yield made
 
 
 class Machine:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(900)]
 URL = "s3://runs/sweep"
 RATES = [1e-2, 1e-6]
 STEPS, EVERY = 6, 3
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    """With its address and keys in this process's environment."""
-    with ObjectStore() as made:
-        made.create_bucket("runs")
-        for name, value in made.environ().items():
-            monkeypatch.setenv(name, value)
-        yield made
 
 
 def begin(world: World, cache: Path, *arguments: str, **section: Any) -> Command:
