@@ -22,6 +22,8 @@ from nemo_ray.failures import one_line
 CONNECT_WITHIN_S = 20.0
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """In which Ray 2.60 hands the metadata and runtime_env of a submitted job to its driver."""
+HEAD = "node:__internal_head__"
+"""A resource that Ray gives its first node."""
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 _CLUSTERS: list[bool] = []
 """Ray's own setting before `start_local` changed it."""
@@ -227,7 +229,7 @@ def on_this_node() -> dict[str, float]:
     own = ray.get_runtime_context().get_node_id()
     found = ray.nodes()  # type: ignore[no-untyped-call]
     has = next(node["Resources"] for node in found if node["NodeID"] == own)
-    name = next(name for name in has if name.startswith("node:") and "head" not in name)
+    name = next(name for name in has if name.startswith("node:") and name != HEAD)
     return {name: 0.001}
 
 

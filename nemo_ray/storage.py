@@ -35,6 +35,9 @@ _ONE_REQUEST_BYTES = 4 << 20
 _IN_FLIGHT_BYTES = 64 << 20
 """Of an object that are on their way at once: S3's parts are sent beside each other, from copies."""
 
+_AT_ONCE_BYTES = 16 << 20
+"""Of a file that is copied."""
+
 _PARTIAL = re.compile(r"\..*\.[0-9a-f]{12}\.partial")
 
 
@@ -223,6 +226,24 @@ def publish_bytes(path: str | Path, data: bytes) -> None:
     Raises OSError.
     """
     publish_blocks(path, lambda: [data], len(data))
+
+
+def upload(path: Path, url: str) -> None:
+    """Copy a file to a store, without all of it in memory. Raises OSError."""
+
+    def blocks() -> Iterable[bytes]:
+        with open(path, "rb") as file:
+            while block := file.read(_AT_ONCE_BYTES):
+                yield block
+
+    publish_blocks(url, blocks, path.stat().st_size)
+
+
+def download(url: str, path: Path) -> None:
+    """Copy an object to a new file, without all of it in memory. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open_input(url) as source, open(path, "wb") as target:
+        shutil.copyfileobj(source, target, _AT_ONCE_BYTES)
 
 
 def publish_blocks(

@@ -23,10 +23,10 @@ import xxhash
 from nemo_ray.errors import ConfigError
 from nemo_ray.run_dir import PREPARED_NAME, STATE_NAME, RunDir
 from nemo_ray.storage import (
+    download,
     join,
     list_folders,
     list_names,
-    open_input,
     publish_bytes,
     publish_folder,
     publish_json,
@@ -37,7 +37,6 @@ from nemo_ray.storage import (
 from nemo_ray.urls import is_url, redact
 
 PUSH_EVERY_S = 30.0
-_AT_ONCE_BYTES = 16 * 2**20
 RESULT_CONFIGS = {"adapter": "adapter_config.json", "model": "config.json"}
 """By folder, the file that is written last: with it the result is whole."""
 _ONLY_THERE = (PREPARED_NAME, "tensorboard", "wandb")
@@ -111,7 +110,7 @@ class StoredRunDir(RunDir):
     def pull(self) -> None:
         """Make the folder anew from the store. Raises OSError."""
         shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
+        self.path.mkdir(parents=True, exist_ok=True)  # somebody may want to say something there
         for name in list_names(self.url):
             if name.startswith("."):
                 continue
@@ -226,10 +225,7 @@ def fetch_result(url: str, argument: str) -> str:
     final, partial = place.with_name(f"{place.name}-result"), place.with_name(f".{uuid.uuid4().hex}.partial")
     try:
         for parts in files:
-            copy = partial.joinpath(*parts)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            with open_input(join(url, *parts)) as source, open(copy, "wb") as target:
-                shutil.copyfileobj(source, target, _AT_ONCE_BYTES)
+            download(join(url, *parts), partial.joinpath(*parts))
         publish_folder(partial, final)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -16,6 +16,7 @@ from transformers import NemotronHConfig
 from nemo_ray.errors import CheckpointError, ConfigError
 from nemo_ray.export.shards import read_shard
 from nemo_ray.export.sides import Logits, Say, Setting, our_logits, plain_logits
+from nemo_ray.host_memory import available_bytes
 from nemo_ray.model import keys
 from nemo_ray.model.adapter_reader import AdapterFiles
 from nemo_ray.model.load import Checkpoint, read_model_config
@@ -160,11 +161,7 @@ def _free_bytes(device: torch.device) -> int | None:
         if not torch.cuda.is_available():
             raise ConfigError("--device: cuda is not available here; use --device cpu")
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return available_bytes()
 
 
 def _prompts(config: NemotronHConfig, folders: list[Path]) -> list[torch.Tensor]:

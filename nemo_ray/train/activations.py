@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from nemo_ray.train.offload import AHEAD, HostActivations, movable_bytes
+from nemo_ray.train.reached import first_reached
 
 # Kinds of blocks, those first whose recomputation takes the most GPU time for the memory that it saves.
 KINDS = ("moe", "linear_attention", "full_attention", "mlp")
@@ -81,7 +82,8 @@ def keep_what_fits(
 
     if moving is None:
         return Kept(keep_most(model, costs, limit, peak, device), {})
-    return keep_or_move(model, costs, limit, peak, moving, movable_bytes(device, forward))
+    most = movable_bytes(device, forward)
+    return keep_or_move(model, costs, limit, peak, moving, most, first_reached(model))
 
 
 def keep_most(
@@ -120,8 +122,10 @@ def keep_or_move(
     peak: Callable[[], int],
     moving: HostActivations,
     most_bytes: int,
+    first: int,
 ) -> Kept:
-    """As `keep_most`; and of what makes theirs again then, blocks of up to `most_bytes` are moved instead.
+    """As `keep_most`; and of what makes theirs again then, blocks of up to `most_bytes` are moved instead,
+    from block `first` on.
 
     What is on its way lies on the GPU as well, so that fewer keep theirs there: it is chosen again, a few
     times, what to move.
@@ -131,11 +135,11 @@ def keep_or_move(
     ways = {kind: cost for kind, cost in costs.items() if room >= (AHEAD + 1) * cost}
     kept, moved = keep_most(model, costs, limit, peak, device), Counts()
     for _ in range(_CHOICES):
-        left = [kind for kind in ways for _ in range(kinds.count(kind) - kept.get(kind, 0))]
+        left = [kind for kind in ways for _ in range(kinds[first:].count(kind) - kept.get(kind, 0))]
         chosen = _least(choose_kept(ways, left, most_bytes), device)
         if chosen == moved:
             break
-        moved, blocks = chosen, _spread(kinds, chosen)
+        moved, blocks = chosen, _spread(kinds, chosen, first)
         moving.move(blocks)
         for index, block in enumerate(model.model.layers):
             block.recompute = index not in blocks
@@ -150,12 +154,12 @@ def _least(counts: Counts, device: torch.device) -> Counts:
     return {kind: count for kind, count in zip(KINDS, least.tolist(), strict=True) if count}
 
 
-def _spread(kinds: Sequence[str], counts: Mapping[str, int]) -> set[int]:
-    """So many blocks of each kind, evenly over the model from its beginning: a copy then has the time until
-    the next one to itself."""
+def _spread(kinds: Sequence[str], counts: Mapping[str, int], first: int) -> set[int]:
+    """So many blocks of each kind, evenly over the model from block `first` on: a copy then has the time
+    until the next one to itself."""
     chosen = set()
     for kind, count in counts.items():
-        places = [index for index, its in enumerate(kinds) if its == kind]
+        places = [index for index, its in enumerate(kinds) if its == kind and index >= first]
         chosen |= {places[step * len(places) // count] for step in range(count)}
     return chosen
 

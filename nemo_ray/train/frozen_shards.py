@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from nemo_ray.model.sharding import RowShard
-from nemo_ray.train.reached import when_reached
+from nemo_ray.train.reached import first_reached, when_reached
 
 # torch 2.13's name for it; there the older one warns.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -63,10 +63,7 @@ class FrozenShards:
     def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         self.blocks: list[nn.Module] = list(model.model.layers)
-        chain = [model.model.embeddings, *self.blocks]
-        trains = [any(p.requires_grad for p in module.parameters()) for module in chain]
-        self.reached_first = max(0, trains.index(True) - 1) if any(trains) else len(self.blocks)
-        """The first block that has a backward pass."""
+        self.reached_first = first_reached(model)
         model.row_shards = {}
         for index, block in enumerate(self.blocks):
             for name, parameter in _spread_of(block):

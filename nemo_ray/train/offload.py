@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from nemo_ray.host_memory import available_bytes
 from nemo_ray.train.reached import when_reached
 
 LEAST_BYTES = 2**24  # smaller tensors stay: they free little
@@ -34,6 +35,7 @@ _HIDDEN = 0.8  # of a forward pass: the first copies begin after the first moved
 class _Saved:
     """The memory of tensors that a block saved; some of them may be views of the same."""
 
+    of_pass: int
     host: torch.Tensor
     device: torch.Tensor | None
     """Bytes on the GPU: on their way to the host, or back from there."""
@@ -69,7 +71,8 @@ class HostActivations:
         self._hosts: dict[tuple[int, int], torch.Tensor] = {}
         self._leaving: deque[tuple[torch.cuda.Event | None, list[_Saved]]] = deque()
         self._hooks: saved_tensors_hooks | None = None
-        model.model.embeddings.register_forward_pre_hook(lambda *_: self._let_go(0))
+        self._passes = 0
+        model.model.embeddings.register_forward_pre_hook(lambda *_: self._begin())
         for index, block in enumerate(model.model.layers):
             block.register_forward_pre_hook(lambda *_, index=index: self._before_forward(index))
             block.register_forward_hook(
@@ -78,6 +81,8 @@ class HostActivations:
 
     def move(self, blocks: Collection[int]) -> None:
         """From the next pass on, move what these blocks save, which must not be made again."""
+        self._let_go(0)
+        self._saved.clear()
         self.moved = frozenset(blocks)
         weights = itertools.chain(self._model.parameters(), self._model.buffers())
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
@@ -90,6 +95,10 @@ class HostActivations:
 
     # -- forward ----------------------------------------------------------------------------------
 
+    def _begin(self) -> None:
+        self._passes += 1
+        self._let_go(0)
+
     def _before_forward(self, index: int) -> None:
         if index in self.moved and torch.is_grad_enabled():
             self._let_go(LEAVING - 1)
@@ -101,8 +110,9 @@ class HostActivations:
         if self._hooks is not None:
             self._hooks.__exit__()
             self._hooks = None
-            event = self._stream.record_event() if self._stream is not None else None
-            self._leaving.append((event, self._saved[index]))
+            if self._saved[index]:  # else the stream may have no part yet in the graph that is recorded
+                event = self._stream.record_event() if self._stream is not None else None
+                self._leaving.append((event, self._saved[index]))
         if hidden is None or not self.moved:  # None where the block raised
             return hidden
         return when_reached(hidden, partial(self._before_backward, index))
@@ -110,7 +120,7 @@ class HostActivations:
     def _pack(self, index: int, tensor: torch.Tensor) -> Any:
         storage = tensor.untyped_storage()
         if storage.nbytes() < LEAST_BYTES or storage.data_ptr() in self._weights:
-            return tensor
+            return tensor.detach()  # an output of the node that saves it would hold that node
         # None of these lets go of its memory in this block's pass, so an address stands for one of them.
         found = next((one for one in self._saved[index] if _address(one) == storage.data_ptr()), None)
         if found is None:
@@ -124,7 +134,7 @@ class HostActivations:
         if key not in self._hosts or self._hosts[key].numel() != memory.numel():
             self._hosts[key] = pinned(memory.numel(), self.device)
         self._copy(self._hosts[key], memory)
-        saved.append(_Saved(self._hosts[key], memory))
+        saved.append(_Saved(self._passes, self._hosts[key], memory))
         return saved[-1]
 
     def _let_go(self, on_their_way: int) -> None:
@@ -154,6 +164,8 @@ class HostActivations:
         if isinstance(view, torch.Tensor):
             return view
         saved = view.memory
+        if saved.of_pass != self._passes:
+            raise RuntimeError("another forward pass has taken the host memory of this one's activations")
         self._fetch(saved)
         assert saved.device is not None
         if saved.arrived is not None:
@@ -180,8 +192,8 @@ def _address(saved: _Saved) -> int:
 
 
 def movable_bytes(device: torch.device, forward: Callable[[], torch.Tensor]) -> int:
-    """How much can be copied to the host while a forward pass computes, and lie there: of its free memory
-    half, shared with the other workers of this host.
+    """How much can be copied to the host while a forward pass computes, and lie there: of what memory it has
+    left half, shared with the other workers of this host.
 
     Args:
         forward: of a batch of the size that will train; called before, so that nothing is made at first now.
@@ -189,8 +201,7 @@ def movable_bytes(device: torch.device, forward: Callable[[], torch.Tensor]) -> 
     host, source = pinned(_PROBE_BYTES, device), torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=device)
     copy_s = _seconds(lambda: host.copy_(source, non_blocking=True))
     forward_s = _seconds(lambda: forward())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    held = free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    held = (available_bytes() or 0) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(held, int(_HIDDEN * forward_s / copy_s * _PROBE_BYTES))
 
 
@@ -208,7 +219,11 @@ def _seconds(work: Callable[[], object]) -> float:
 def pinned(num_bytes: int, device: torch.device) -> torch.Tensor:
     """Bytes of host memory that the GPU reads and writes by itself, exactly so many: torch's own allocator
     rounds up to powers of two. Raises: RuntimeError where the system does not give it."""
-    memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)  # whole pages of its own
+    try:
+        pages = mmap.mmap(-1, num_bytes)  # of its own
+    except OSError as error:
+        raise RuntimeError(f"no {num_bytes:,} bytes of host memory for activations: {error}") from error
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
     if device.type == "cuda":
         cudart, address = torch.cuda.cudart(), memory.data_ptr()
         torch.cuda.check_error(cudart.cudaHostRegister(address, num_bytes, 0))

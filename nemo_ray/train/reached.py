@@ -1,8 +1,16 @@
-"""Telling when the backward pass comes to a block."""
+"""When, and whether, the backward pass comes to a block."""
 
 from collections.abc import Callable
 
 import torch
+from torch import nn
+
+
+def first_reached(model: nn.Module) -> int:
+    """The first block that has a backward pass; the number of blocks where none has."""
+    chain = [model.model.embeddings, *model.model.layers]
+    trains = [any(p.requires_grad for p in module.parameters()) for module in chain]
+    return max(0, trains.index(True) - 1) if any(trains) else len(chain) - 1
 
 
 class _Reached(torch.autograd.Function):

@@ -6,16 +6,15 @@ What rank 0's trackers write as files lies in a folder on its own node and is co
 import contextlib
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nemo_ray.attempts import Attempt
 from nemo_ray.run_dir import RunDir
-from nemo_ray.storage import join, publish_blocks, remove_folder
+from nemo_ray.storage import join, remove_folder, upload
 from nemo_ray.stored_run import PUSH_EVERY_S, RESULT_CONFIGS, FolderCopy, working_folder
 
-_AT_ONCE_BYTES = 16 * 2**20
 Call = Callable[..., Any]
 """(name of a method of the actor, *arguments) -> its answer."""
 
@@ -156,7 +155,7 @@ class RemoteRunDir(RunDir):
         files = [path for path in folder.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == config):
             place = join(self.shown(final), *path.relative_to(folder).parts)
-            publish_blocks(place, _blocks_of(path), path.stat().st_size)
+            upload(path, place)
         shutil.rmtree(folder)
         self._ask("publish_result", final)
 
@@ -190,12 +189,3 @@ def connect(url: str, service: Any) -> RemoteRunDir:
             raise error.cause from None
 
     return RemoteRunDir(url, call)
-
-
-def _blocks_of(path: Path) -> Callable[[], Iterable[bytes]]:
-    def blocks() -> Iterable[bytes]:
-        with open(path, "rb") as file:
-            while block := file.read(_AT_ONCE_BYTES):
-                yield block
-
-    return blocks

@@ -18,6 +18,7 @@ from torch import nn
 
 from nemo_ray.config.schema import TrainSection
 from nemo_ray.data.packing import Pack
+from nemo_ray.model.balance import max_violation
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.lora import lora_parameters
 from nemo_ray.train.activations import Kept, keep_what_fits
@@ -89,6 +90,7 @@ class Update:
         moving = HostActivations(model, device) if offload and not self.trainee.parallel.sharded else None
         kept = keep_what_fits(model, device, loss, moving)
         self._zero_gradients()
+        max_violation(model)  # of these passes, on tokens without meaning
         return kept
 
     def between_steps(self) -> AbstractContextManager[None]:

@@ -15,7 +15,8 @@ from nemo_ray.tune.sweep_dir import SweepDir, TrialEnd
 from nemo_ray.tune.trial import FAILED, FINISHED, STOPPED, Evaluation, Teller
 
 ALIKE = 3
-"""So many trials that fail in the same way, before any other has come to an end, end the sweep."""
+"""So many trials that fail in the same way, before any other was evaluated or has come to an end, end the
+sweep."""
 
 
 class Course:
@@ -39,10 +40,11 @@ class Course:
 
     def restore(self) -> None:
         """Take in what an earlier start of the sweep has left behind."""
+        ends = {number: self.folder.read_end(number) for number in self.numbers}
         for number in self.numbers:
-            end = self.folder.read_end(number)
             for evaluation in Teller(self.folder.trial(number), self.metric).new():
                 self.evaluated(number, evaluation)
+        for number, end in ends.items():
             if end is not None:
                 self.ended(number, end.status, end.reason)
 
@@ -133,7 +135,8 @@ class Course:
 
     def _close_if_all_fail_alike(self) -> None:
         reasons = [end.reason for end in self.ends.values() if end.status == FAILED]
-        if len(reasons) == len(self.ends) >= ALIKE and len(set(reasons)) == 1:
+        others = any(self.evaluations[number] for number in self.numbers if number not in self.ends)
+        if len(reasons) == len(self.ends) >= ALIKE and len(set(reasons)) == 1 and not others:
             self.close(f"the first {len(reasons)} trials all failed: {reasons[0]}")
 
 

@@ -16,7 +16,7 @@ from nemo_ray.tune.source import Begun
 from nemo_ray.tune.space import Point
 from nemo_ray.tune.sweep_dir import Change, Population
 from nemo_ray.tune.table import describe
-from nemo_ray.tune.trial import FAILED
+from nemo_ray.tune.trial import FAILED, STOPPED
 
 
 class Generations:
@@ -40,7 +40,7 @@ class Generations:
 
     def next(self) -> Begun | None:
         """See Source. Copies checkpoints where a generation is over."""
-        while True:
+        while not self._course.closed:
             while self._queue:
                 found = self._begin(self._queue.pop(0))
                 if found is not None:
@@ -50,22 +50,25 @@ class Generations:
             living = [number for number in self._course.numbers if number not in self._course.ends]
             behind = [number for number in living if not self._is_there(number)]
             if not living or self._begun.intersection(behind):  # somebody stopped them: --resume goes on
-                raise StopIteration
+                break
             if behind:
                 self._queue = behind
             else:
                 self._change(living)
+        raise StopIteration
 
     @property
     def _evaluation(self) -> int:
         """That at which this generation ends."""
-        return (self._population.generations + 1) * (self._sweep.section.perturbation_interval or 1)
+        interval = self._sweep.section.perturbation_interval
+        assert interval is not None  # of pbt
+        return (self._population.generations + 1) * interval
 
     def _begin(self, number: int) -> Begun | None:
         """A trial goes on; None where it cannot: then it failed."""
         self._begun.add(number)
         try:
-            config = self._finish(self._sweep.make(number, self._points[number]))
+            config = self._finish(self._sweep.make(number, self._points[number], False))
         except ConfigError as error:
             self._course.ended(number, FAILED, str(error).replace("\n", "; "))
             return None
@@ -73,11 +76,12 @@ class Generations:
         return Begun(number, config, self._evaluation)
 
     def _is_there(self, number: int) -> bool:
-        """Whether a trial has come to the end of this generation, and saved."""
-        known = self._course.evaluations[number]
-        if len(known) < self._evaluation:
+        """Whether a trial has come to the end of this generation, saved, and stopped: one that was killed
+        after its last step is to be finished."""
+        known, run = self._course.evaluations[number], self._course.run(number)
+        if len(known) < self._evaluation or run.read_run().get("outcome") != STOPPED:
             return False
-        return known[self._evaluation - 1].step in self._course.run(number).checkpoint_steps()
+        return known[self._evaluation - 1].step in run.checkpoint_steps()
 
     def _change(self, living: list[int]) -> None:
         """End the generation."""

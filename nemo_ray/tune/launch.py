@@ -266,13 +266,13 @@ class SweepLaunch:
                 self.lock.check()
                 display.poll()
                 budget.count(set(course.running))
+                if not course.closed:
+                    self._close_where_due(course, display, budget)
+                course.ask()
                 if budget.elapsed_s - noted_s >= _NOTE_EVERY_S:  # for a start after this one was killed
                     noted_s = budget.elapsed_s
                     self.folder.write({**self.folder.read(), **self._facts(budget)})
                     self._report()
-                if not course.closed:
-                    self._close_where_due(course, display, budget)
-                course.ask()
         display.poll()
         if fit.error is not None:
             raise fit.error
@@ -299,6 +299,8 @@ class SweepLaunch:
     def _conclude(self, course: Course, budget: Budget) -> int:
         """The best trial's result in best/, the table, and the exit code."""
         self.lock.check()
+        for end in course.ends.values():  # a store may have been away when it was written
+            self.folder.write_end(end)
         best, left = course.best(), course.left()
         if not self.sweep.section.keep_pruned_checkpoints:
             for number, end in course.ends.items():
@@ -316,7 +318,7 @@ class SweepLaunch:
         if self.interrupts.count:
             self.say(f"stopped with {summary.plural(len(left), 'trial')} to go; go on with --resume")
             return INTERRUPTED
-        if left and best is not None:
+        if left:
             self.say(f"{summary.plural(len(left), 'trial')} to go; go on with --resume, and more to spend")
         if best is None:
             why = course.closed or "no trial came to its end; the table says why"

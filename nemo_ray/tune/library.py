@@ -114,6 +114,7 @@ def read_result(path: str | Path) -> SweepResult:
     place = working_folder(str(path))
     folder = StoredSweepDir(str(path), place.with_name(f"{place.name}-result"))
     folder.pull()
+    folder.fetch_best()
     return result_of(folder)
 
 

@@ -59,8 +59,8 @@ class Sweep:
     space: Space
     fixed: Mapping[str, Any]
     """Keys that formulas may name."""
-    make: Callable[[int, Point], Trial]
-    """The trial of a number and a point. Raises ConfigError."""
+    make: Callable[[int, Point, bool], Trial]
+    """The trial of a number and a point; whether to look at its paths. Raises ConfigError."""
     probes: tuple[Trial, ...] = ()
     """Trials at the ends of the space, checked where trials have points that are not known yet."""
 
@@ -82,11 +82,11 @@ def load_sweep(
             raise ConfigError(f"{key}: each trial of a sweep has a run of its own, in a group; remove it")
     fixed = base.config.to_dict()
 
-    def make(number: int, point: Point) -> Trial:
+    def make(number: int, point: Point, look: bool = check_paths) -> Trial:
         output_dir = join(base.config.output_dir, TRIALS_NAME, trial_name(number))
         own = {**copy.deepcopy(raw), **copy.deepcopy(point), "output_dir": output_dir}
         try:
-            return Trial(number, point, check_raw(own, check_paths=check_paths).config)
+            return Trial(number, point, check_raw(own, check_paths=look).config)
         except ConfigError as error:
             values = ", ".join(f"{name}={show(value)}" for name, value in point.items())
             lines = (f"trial {number} ({values}): {line}" for line in str(error).splitlines())
@@ -126,7 +126,9 @@ def _section(raw: Any) -> TuneSection:
             "tune.search: optuna needs the package optuna, which is not installed here; run "
             "`pip install 'nemo-ray[optuna]'`, or set tune.search: random"
         )
-    if section.perturbation_interval is not None and section.scheduler != "pbt":
+    if section.scheduler == "pbt":
+        return section.model_copy(update={"perturbation_interval": section.perturbation_interval or 1})
+    if section.perturbation_interval is not None:
         raise ConfigError(
             "tune.perturbation_interval: it belongs to tune.scheduler: pbt; set that, or remove it"
         )
@@ -145,6 +147,15 @@ def _check_population(section: TuneSection, base: Config, num_trials: int) -> No
         raise ConfigError("tune.search: pbt finds values itself, from random ones; set tune.search: random")
     if num_trials < 2:
         raise ConfigError("tune.num_trials: pbt compares trials with each other; set it to 2 or more")
+    rhythm = base.eval_steps or base.evals_per_epoch
+    if not rhythm:
+        raise ConfigError("eval_steps: pbt compares trials at their evaluations; set it")
+    interval = section.perturbation_interval or 1
+    if base.eval_steps and base.max_steps and interval * base.eval_steps >= base.max_steps:
+        raise ConfigError(
+            f"tune.perturbation_interval: {show(interval)}, but with eval_steps: {show(base.eval_steps)} the "
+            f"trials end at max_steps: {show(base.max_steps)} before any value changes; evaluate more often"
+        )
     for name in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(base, name):
             raise ConfigError(f"{name}: with pbt a trial is what its last evaluation says; remove it")

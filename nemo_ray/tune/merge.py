@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_ray.config.translate import show
 from nemo_ray.errors import ConfigError
-from nemo_ray.storage import join, list_files, publish_bytes, read_bytes, read_json
+from nemo_ray.storage import absolute, join, list_files, publish_bytes, read_bytes, read_json
 from nemo_ray.tune.course import best_of
 from nemo_ray.tune.report import write_report
 from nemo_ray.tune.shards import Shard
@@ -88,7 +88,7 @@ def merge(places: Sequence[str], output_dir: str | Path) -> SweepDir:
 def _read(place: str) -> Part:
     place = place.rstrip("/")
     try:
-        return Part(place, read_json(join(place, SWEEP_NAME)))
+        return Part(absolute(place), read_json(join(place, SWEEP_NAME)))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{place}: there is no sweep; name the output_dir of one") from None
     except ValueError as error:

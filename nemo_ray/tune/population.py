@@ -26,10 +26,10 @@ def replacements(values: Mapping[int, float], mode: str) -> dict[int, int]:
     """Which of the worst trials goes on from which of the best: the worst from the best, the second worst
     from the second best, as long as that one is better.
 
-    Args: `values`, by the trials' numbers; a figure that is no number is the worst. `mode`: min or max.
+    Args: `values`, by the trials' numbers; a figure that is not finite is the worst. `mode`: min or max.
     """
     sign = 1.0 if mode == "min" else -1.0
-    judged = {n: math.inf if math.isnan(value) else sign * value for n, value in values.items()}
+    judged = {n: sign * value if math.isfinite(value) else math.inf for n, value in values.items()}
     order = sorted(judged, key=lambda number: (judged[number], number))
     count = min(math.ceil(len(order) * REPLACED), len(order) // 2)
     pairs = zip(order[::-1][:count], order, strict=False)

@@ -27,12 +27,17 @@ def write_report(folder: SweepDir) -> None:
 
     Raises: OSError where it cannot be written.
     """
+    publish_bytes(folder.report_file, page_of(folder).encode())
+    folder.keep(folder.report_file)
+
+
+def page_of(folder: SweepDir) -> str:
+    """The page of the sweep in `folder`, from its files."""
     facts = folder.read()
     facts["trials"] = folder.points(facts["trials"])
     ends = {n: end for n in range(len(facts["trials"])) if (end := folder.read_end(n)) is not None}
     trials, changes = _trials(folder, facts, ends), folder.read_population().changes
-    publish_bytes(folder.report_file, report_page(folder.name, facts, trials, ends, changes).encode())
-    folder.keep(folder.report_file)
+    return report_page(folder.name, facts, trials, ends, changes)
 
 
 def _trials(folder: SweepDir, facts: dict[str, Any], ends: dict[int, TrialEnd]) -> list[Trial]:

@@ -40,8 +40,9 @@ def fit(course: Course, shared: Shared, source: Source, at_once: int) -> None:
     _COURSES[name], _SOURCES[name] = course, source
     for variable, value in _SETTINGS.items():
         os.environ.setdefault(variable, value)
-    # Of a sweep in a store the driver reads the folders that the trials' processes keep on their node.
-    needs = {"CPU": DRIVER_CPUS, **(session.on_this_node() if is_url(course.folder.place) else {})}
+    # Of a sweep in a store the driver reads the folders that the trials' processes keep on their node, which
+    # may be a head without CPUs.
+    needs = session.on_this_node() if is_url(course.folder.place) else {"CPU": DRIVER_CPUS}
     trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), needs)
     tuner = tune.Tuner(
         trainable,

@@ -36,6 +36,10 @@ def parse_shard(text: str, sweep: Sweep) -> Shard:
     found = Shard(int(number), int(count))
     if not found.numbers(sweep.num_trials):
         raise ConfigError(f"--shard: {text} of {sweep.num_trials} trials has none; give fewer parts")
+    if sweep.section.scheduler == "pbt" and len(found.numbers(sweep.num_trials)) < 2:
+        raise ConfigError(
+            f"--shard: {text} of {sweep.num_trials} trials has one, and pbt compares trials; give fewer parts"
+        )
     if found.count > 1 and not sweep.trials:
         raise ConfigError(
             f"--shard: {sweep.section.search} learns from all trials; set tune.search: random to split them"

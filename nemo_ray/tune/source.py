@@ -72,7 +72,7 @@ class Proposed:
                 if number not in self._points:
                     known = self._points, self._lag, number
                     self._points[number] = _propose(self._sweep, self._course, *known)
-                return Begun(number, self._finish(self._sweep.make(number, self._points[number])))
+                return Begun(number, self._finish(self._sweep.make(number, self._points[number], False)))
             except (ConfigError, ValueError) as error:
                 self._course.ended(number, FAILED, str(error).replace("\n", "; "))
         raise StopIteration

@@ -5,6 +5,7 @@ folder there while its workers train anywhere: so the driver sees rows and progr
 system. The store is the truth: a driver that starts makes its folders anew from it.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from nemo_ray.run_dir import STATE_NAME
 from nemo_ray.storage import (
+    download,
     join,
     list_files,
     list_folders,
@@ -20,9 +22,18 @@ from nemo_ray.storage import (
     read_bytes,
     remove,
     remove_folder,
+    upload,
 )
 from nemo_ray.stored_run import RESULT_CONFIGS, StoredRunDir, working_folder
-from nemo_ray.tune.sweep_dir import POPULATION_NAME, SWEEP_NAME, TRIAL_NAME, TRIALS_NAME, SweepDir, trial_name
+from nemo_ray.tune.sweep_dir import (
+    POPULATION_NAME,
+    SWEEP_NAME,
+    TRIAL_NAME,
+    TRIALS_NAME,
+    SweepDir,
+    TrialEnd,
+    trial_name,
+)
 from nemo_ray.urls import is_url
 
 
@@ -45,6 +56,10 @@ class StoredSweepDir(SweepDir):
 
     def shown(self, path: Path) -> str:
         return join(self.url, *path.relative_to(self.path).parts)
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
 
     def trial_place(self, number: int) -> str:
         return join(self.url, TRIALS_NAME, trial_name(number))
@@ -85,13 +100,23 @@ class StoredSweepDir(SweepDir):
             publish_bytes(self.shown(path), path.read_bytes())
 
     def clear(self) -> None:
+        for number in range(len(self.read()["trials"])) if self.holds_sweep() else ():
+            shutil.rmtree(self.trial(number).path, ignore_errors=True)
+        remove(self.shown(self.population_file))
         remove_folder(join(self.url, TRIALS_NAME))
         remove_folder(self.shown(self.best_dir))
-        for path in (self.report_file, self.population_file, self.sweep_json):
+        for path in (self.report_file, self.sweep_json):
             remove(self.shown(path))
         super().clear()
 
     # -- trials -----------------------------------------------------------------------------------
+
+    def write_end(self, end: TrialEnd) -> None:
+        super().write_end(end)
+        run = self.trial(end.number)
+        # Without it in the store, a resumed sweep has the trial end once more: no reason to end this one.
+        with contextlib.suppress(OSError):
+            run.keep(run.path / TRIAL_NAME)
 
     def drop_checkpoints(self, number: int) -> None:
         run = self.trial(number)
@@ -100,11 +125,16 @@ class StoredSweepDir(SweepDir):
 
     def copy_checkpoint(self, source: int, number: int, step: int) -> None:
         theirs, run = self.trial(source).checkpoint_place(step), self.trial(number)
-        run.remove_checkpoint(step)
+        for own in run.checkpoint_steps():
+            if own >= step:
+                run.remove_checkpoint(own)
+        aside = self.path / ".taken-over"
         for file in list_files(theirs):
             name = file.removeprefix(f"{theirs}/")
             if name != STATE_NAME:
-                publish_bytes(join(run.checkpoint_place(step), name), read_bytes(file))
+                download(file, aside)
+                upload(aside, join(run.checkpoint_place(step), name))
+        aside.unlink(missing_ok=True)
         state = run.checkpoint_dir(step) / STATE_NAME  # last: with it the checkpoint is complete
         publish_bytes(state, read_bytes(join(theirs, STATE_NAME)))
         run.keep(state)
@@ -113,12 +143,15 @@ class StoredSweepDir(SweepDir):
         run = self.trial(number)
         for name in RESULT_CONFIGS:  # the driver's node has a part of it only
             for file in list_files(join(run.url, name)):
-                here = run.path / file.removeprefix(f"{run.url}/")
-                here.parent.mkdir(parents=True, exist_ok=True)
-                here.write_bytes(read_bytes(file))
+                download(file, run.path / file.removeprefix(f"{run.url}/"))
         best = super().publish_best(number, config)
         remove_folder(self.shown(best))
         for path in sorted(best.rglob("*")):
             if path.is_file():
-                self.keep(path)
+                upload(path, self.shown(path))
         return best
+
+    def fetch_best(self) -> None:
+        """Copy best/ here, if it is there. Raises OSError."""
+        for file in list_files(self.shown(self.best_dir)):
+            download(file, self.path / file.removeprefix(f"{self.url}/"))

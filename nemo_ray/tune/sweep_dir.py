@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class SweepDir:
     @property
     def name(self) -> str:
         """Of the sweep."""
-        return self.place.rstrip("/").rsplit("/", 1)[1]
+        return self.path.resolve().name
 
     def shown(self, path: Path) -> str:
         """What the user is told of one of the sweep's paths."""
@@ -142,26 +143,24 @@ class SweepDir:
 
     def clear(self) -> None:
         """Remove the sweep, sweep.json last; prepared shards stay."""
+        self.population_file.unlink(missing_ok=True)  # it is of the trials that are there
         for folder in (self.trials_dir, self.best_dir, self.ray_dir):
             if folder.exists():
                 remove_tree(folder)
         self.report_file.unlink(missing_ok=True)
-        self.population_file.unlink(missing_ok=True)
         self.sweep_json.unlink(missing_ok=True)
 
     def read_end(self, number: int) -> TrialEnd | None:
         """How a trial ended; None while it has not."""
         try:
             return TrialEnd(**read_json(self.trial(number).path / TRIAL_NAME))
-        except FileNotFoundError:
+        except (FileNotFoundError, JSONDecodeError):  # its folder is being made anew from a store
             return None
 
     def write_end(self, end: TrialEnd) -> None:
         """Record how a trial ended."""
         value = None if end.value is None or math.isnan(end.value) else end.value
-        run = self.trial(end.number)
-        publish_json(run.path / TRIAL_NAME, {**asdict(end), "value": value})
-        run.keep(run.path / TRIAL_NAME)
+        publish_json(self.trial(end.number).path / TRIAL_NAME, {**asdict(end), "value": value})
 
     def read_population(self) -> Population:
         """population.json; nothing where there is none."""
@@ -206,6 +205,9 @@ class SweepDir:
 
 def take_over(run: RunDir, source: RunDir, step: int) -> None:
     """Put another run's checkpoint of `step` in the place of this one's, both in folders. Raises OSError."""
+    for newer in run.checkpoint_steps():
+        if newer > step:
+            run.remove_checkpoint(newer)
     place = run.checkpoint_dir(step)
     aside = place.with_name(f".{place.name}.taken-over")
     shutil.rmtree(aside, ignore_errors=True)

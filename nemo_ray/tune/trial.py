@@ -16,6 +16,7 @@ from nemo_ray import session
 from nemo_ray.config.schema import Config
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.failures import one_line
+from nemo_ray.object_store import expect_answers
 from nemo_ray.run_dir import RunDir
 from nemo_ray.stored_run import open_run
 from nemo_ray.train import cluster, outputs
@@ -90,6 +91,7 @@ def train(
 
     Raises what makes its directory unusable: ConfigError where another driver holds it.
     """
+    expect_answers(config.output_dir)
     run = open_run(config.output_dir)
     lock = driver_lock(run, shared.job_id, lambda line: None)
     lock.claim()

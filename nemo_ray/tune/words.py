@@ -73,8 +73,8 @@ def print_result(
         rows = _best_rows(folder, course.metric, best, course.ends[best].value, points[best])
     if course.scheduler == "pbt":
         population = folder.read_population()
-        changes = summary.plural(len(population.changes), "trial")
-        rows.append(("generations", f"{population.generations}; {changes} went on from another"))
+        times = summary.plural(len(population.changes), "time")
+        rows.append(("generations", f"{population.generations}; {times} a trial went on from another"))
     rows += [("report", folder.shown(folder.report_file)), ("time", duration(budget.elapsed_s))]
     if hours := budget.spent.gpu_hours():
         cost = budget.spent.cost()
@@ -90,7 +90,8 @@ def print_merged(folder: SweepDir) -> None:
     parts = summary.plural(len(facts["parts"]), "part")
     rows = [("trials", f"{len(ended)} of {count} have ended, in {parts}")]
     if best is not None:
-        rows += _best_rows(folder, facts["tune"]["metric"], best, ended[best].value, facts["trials"][best])
+        point = folder.points(facts["trials"])[best] or {}
+        rows += _best_rows(folder, facts["tune"]["metric"], best, ended[best].value, point)
     summary.print_rows(Console(highlight=False), [*rows, ("report", str(folder.report_file))])
 
 

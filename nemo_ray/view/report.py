@@ -176,15 +176,15 @@ def _configuration(config: Mapping[str, Any]) -> str:
 
 def write(place: str, output: str | None) -> str:
     """Write the page of what lies at `place`; returns where. Raises ConfigError, OSError."""
-    from nemo_ray.tune.report import write_report
+    from nemo_ray.tune.report import page_of, write_report
 
     with see_sweep(place) as folder:
         if folder is not None:
+            if output is not None:
+                publish_bytes(output, page_of(folder).encode())
+                return output
             write_report(folder)
-            if output is None:
-                return folder.shown(folder.report_file)
-            publish_bytes(output, folder.report_file.read_bytes())
-            return output
+            return folder.shown(folder.report_file)
     with see(place) as seen:
         where = output or seen.run.shown(seen.run.report_file)
         publish_bytes(where, run_page(seen).encode())

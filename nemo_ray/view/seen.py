@@ -48,10 +48,7 @@ class Seen:
 
     @property
     def state(self) -> str:
-        """`outcome` of run.json, or if TYPE_CHECKING:
-            from nemo_ray.tune.sweep_dir import SweepDir
-
-        RUNNING, BROKEN_OFF; UNSEEN where its driver cannot be seen from here."""
+        """`outcome` of run.json, or RUNNING, BROKEN_OFF; UNSEEN where its driver cannot be seen from here."""
         if "outcome" in self.facts:
             return str(self.facts["outcome"])
         alive = process_lives(self.holder) if self.holder is not None else False

@@ -115,7 +115,7 @@ def test_what_does_not_fit_goes_to_the_host_as_far_as_it_can_be_copied(room, mos
         return 100 + sum(kept) + (2 * 7 if moving.moved else 0)
 
     with group_of_one():
-        kept = keep_or_move(model, costs, 100 + room, peak, moving, most)
+        kept = keep_or_move(model, costs, 100 + room, peak, moving, most, 0)
     assert {kind: count for kind, count in kept.on_gpu.items() if count} == {
         kind: count for kind, count in on_gpu.items() if count
     }
@@ -125,3 +125,17 @@ def test_what_does_not_fit_goes_to_the_host_as_far_as_it_can_be_copied(room, mos
     for kind, count in on_host.items():
         places = sorted(index for index in moving.moved if kinds[index] == kind)
         assert len(places) == count and places[0] == kinds.index(kind), "from the beginning"
+
+
+def test_blocks_without_a_backward_pass_are_not_moved():
+    layers = [SimpleNamespace(block_type="moe", recompute=True) for _ in range(6)]
+    model, moving = SimpleNamespace(model=SimpleNamespace(layers=layers)), Moving()
+
+    def peak() -> int:
+        kept = sum(not b.recompute for i, b in enumerate(layers) if i not in moving.moved)
+        return 100 + 7 * kept + (2 * 7 if moving.moved else 0)
+
+    with group_of_one():
+        kept = keep_or_move(model, {"moe": 7}, 100 + 3 * 7, peak, moving, 1000, 2)
+    assert (kept.on_gpu, kept.on_host, moving.moved) == ({"moe": 1}, {"moe": 3}, {2, 3, 4})
+    assert [block.recompute for block in layers] == [True, True, False, False, False, False]

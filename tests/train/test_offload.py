@@ -4,6 +4,8 @@ On GPUs in tests/gpu. Here a stand-in for CUDA's streams lets a CPU take the way
 """
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,9 +38,14 @@ class Stream:
     def __init__(self) -> None:
         self.done: list[Any] = []
 
-    def wait_stream(self, other: "Stream") -> None: ...
+    joined = False
+    """Whether it waited for the stream that is recorded: before that it has no part in the graph."""
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.joined = True
 
     def record_event(self) -> Event:
+        assert self.joined, "the event would be of no use in a graph"
         return Event(self)
 
     def wait_event(self, event: Event) -> None:
@@ -206,3 +213,37 @@ def test_batches_of_other_sizes_take_other_memory() -> None:
     passes(model, longer)
     assert moving.host_bytes > small
     assert_equal(passes(model), passes(model))
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ()], ids=["attention", "none of linear layers"])
+def test_blocks_that_save_nothing_take_no_part(targets: tuple[str, ...], streams: None) -> None:
+    """Those before all adapters have no backward pass, and small tensors stay."""
+    model = model_of(lora_target_modules=targets)
+    wanted = passes(model)
+    moving = HostActivations(model, CPU)
+    moving._stream = Stream()  # type: ignore[assignment]
+    moving.move(BLOCKS["all"])
+    found = passes(model)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(torch.equal(value, wanted[name]) for name, value in passes(model).items())
+
+
+def test_memory_of_blocks_that_stay_is_given_back() -> None:
+    model = model_of()
+    moving = HostActivations(model, CPU)
+    moving.move(BLOCKS["experts"])
+    passes(model)
+    hosts = [weakref.ref(host) for host in moving._hosts.values()]
+    moving.move(BLOCKS["mamba"])
+    passes(model)
+    gc.collect()
+    assert hosts and not any(host() is not None for host in hosts)
+
+
+def test_two_passes_at_a_time_are_refused() -> None:
+    model = model_of()
+    HostActivations(model, CPU).move(BLOCKS["experts"])
+    first = model.target_log_probs(BATCH, BATCH.input_ids).sum()
+    model.target_log_probs(BATCH, BATCH.input_ids)
+    with pytest.raises(RuntimeError, match="another forward pass has taken the host memory"):
+        first.backward()

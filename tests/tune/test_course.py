@@ -141,3 +141,16 @@ def test_a_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -> None:
     assert one.best() == 1
     found = SweepDir(tmp_path).read_end(0)
     assert found is not None and found.value is None
+
+
+def test_trials_that_fail_alike_beside_others_that_train_end_no_sweep(tmp_path: Path) -> None:
+    """Of a population nobody ends before the last generation."""
+    beside = course(tmp_path, "pbt")
+    write_rows(beside, 3, 1)
+    tell(beside, 3, 0)
+    for number in range(ALIKE):
+        beside.ended(number, FAILED, "its disk is full")
+    assert not beside.closed
+    again = course(tmp_path, "pbt")
+    again.restore()
+    assert not again.closed and again.left() == [3]

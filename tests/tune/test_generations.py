@@ -45,6 +45,7 @@ def load(tmp_path: Path, **section: Any) -> Sweep:
             "adapter": "lora",
             "lora_target_modules": ["q_proj"],
             "output_dir": str(tmp_path / "out"),
+            "eval_steps": STEPS,
             "tune": tune,
         }
     )
@@ -57,7 +58,7 @@ class Play:
         self, sweep: Sweep, path: Path, at_once: int = 3, fails: int = -1, refused: int = -1
     ) -> None:
         self.sweep, self.folder, self.at_once = sweep, SweepDir(path), at_once
-        self.fails, self.refused = fails, refused
+        self.fails, self.refused, self.dies_before_the_end = fails, refused, False
         self.said: list[str] = []
         self.course = Course(self.folder, range(sweep.num_trials), "eval_loss", "min", "pbt")
         self.course.restore()
@@ -101,6 +102,7 @@ class Play:
             self.course.ended(begun.number, FAILED, "broken")
             return
         run.path.mkdir(parents=True, exist_ok=True)
+        run.write_run({})
         run.truncate_metrics(step)
         while step < EVALUATIONS * STEPS and step < (begun.pause_after or 99) * STEPS:
             step += STEPS
@@ -110,7 +112,11 @@ class Play:
         save(run, step, weight)
         for evaluation in Teller(run, "eval_loss").new():
             self.course.evaluated(begun.number, evaluation)
-        self.course.ended(begun.number, FINISHED if step == EVALUATIONS * STEPS else STOPPED, "")
+        if self.dies_before_the_end and step == EVALUATIONS * STEPS:
+            raise Killed
+        status = FINISHED if step == EVALUATIONS * STEPS else STOPPED
+        run.update_run({"outcome": status})
+        self.course.ended(begun.number, status, "")
 
 
 def save(run: RunDir, step: int, weight: float) -> None:
@@ -253,3 +259,37 @@ def next_or_none(source: Generations) -> Begun | None:
         return source.next()
     except StopIteration:
         return None
+
+
+@pytest.mark.parametrize("finished", [0, 3, TRIALS - 2])
+def test_trials_that_are_killed_at_their_end_do_not_take_over_each_other(
+    sweep: Sweep, tmp_path: Path, finished: int
+) -> None:
+    """Their last checkpoint is there, and the machine dies before they have said that they are finished."""
+    whole = Play(sweep, tmp_path / "whole")
+    wanted = whole.run(random.Random(0)), curves(whole.folder)
+    killed = Play(sweep, tmp_path / "killed")
+    killed.run(random.Random(1), most=TRIALS * (EVALUATIONS - 1) + finished)
+    killed = Play(sweep, tmp_path / "killed", at_once=1)
+    killed.dies_before_the_end = True
+    for _ in range(TRIALS - finished):
+        with pytest.raises(Killed):
+            killed.run(random.Random(2), most=1)
+        killed.course.running.clear()
+    again = Play(sweep, tmp_path / "killed")
+    assert (again.run(random.Random(3)), curves(again.folder)) == wanted
+    assert len(again.course.ends) == TRIALS
+
+
+def test_a_sweep_that_is_to_end_begins_nothing(sweep: Sweep, tmp_path: Path) -> None:
+    play = Play(sweep, tmp_path / "sweep")
+    play.run(random.Random(0), most=TRIALS)  # all are there
+    play.course.close("over")
+    assert next_or_none(play.source) is None and play.folder.read_population().generations == 0
+
+
+def test_rows_that_are_gone_since_the_start_end_no_trial(sweep: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").unlink()
+    play = Play(sweep, tmp_path / "sweep")
+    play.run(random.Random(0))
+    assert {end.status for end in play.course.ends.values()} == {FINISHED}

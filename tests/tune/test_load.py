@@ -8,6 +8,7 @@ import yaml
 
 from nemo_ray.errors import ConfigError
 from nemo_ray.tune.load import Sweep, load_sweep
+from nemo_ray.tune.shards import parse_shard
 from nemo_ray.tune.sweep_dir import trial_name
 
 PARAMETERS = {"lora_r": [4, 8], "lora_alpha": "2 * lora_r", "learning_rate": {"loguniform": [1e-4, 1e-2]}}
@@ -133,6 +134,10 @@ def test_sets_of_targets_and_axolotls_spellings(folder: Path) -> None:
             ["tune.num_trials: pbt compares trials with each other; set it to 2 or more"],
         ),
         (
+            {"parameters": {"learning_rate": [1e-3, 1e-2]}, "scheduler": "pbt"},
+            ["eval_steps: pbt compares trials at their evaluations; set it"],
+        ),
+        (
             {"parameters": {"learning_rate": [1e-3, 1e-2]}, "perturbation_interval": 2},
             ["tune.perturbation_interval: it belongs to tune.scheduler: pbt; set that, or remove it"],
         ),
@@ -145,6 +150,18 @@ def test_what_is_wrong_is_told_before_anything_starts(folder: Path, tune: Any, l
     assert len(found) == len(lines), found
     for line, start in zip(found, lines, strict=True):
         assert line.startswith(start), line
+
+
+def test_a_population_that_would_never_change_is_refused(folder: Path) -> None:
+    tune = {"parameters": {"learning_rate": [1e-3, 1e-2]}, "scheduler": "pbt", "perturbation_interval": 3}
+    with pytest.raises(ConfigError, match="^tune.perturbation_interval: 3, but with eval_steps: 4 "):
+        load(folder, tune, eval_steps=4, max_steps=12)
+    found = load(folder, tune, eval_steps=4, max_steps=13)
+    with pytest.raises(ConfigError, match="^--shard: 1/2 of 2 trials has one, and pbt compares trials"):
+        parse_shard("1/2", found)
+    assert parse_shard("1/1", found).count == 1
+    without = load(folder, {**tune, "perturbation_interval": None}, eval_steps=4)
+    assert without.section.perturbation_interval == 1
 
 
 @pytest.mark.parametrize("key", ["early_stopping_patience", "load_best_model_at_end"])

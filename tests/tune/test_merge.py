@@ -13,6 +13,7 @@ from nemo_ray.tune.__main__ import main
 from nemo_ray.tune.load import Sweep, load_sweep
 from nemo_ray.tune.shards import Shard, parse_shard
 from nemo_ray.tune.sweep_dir import Change, Population, SweepDir, TrialEnd
+from nemo_ray.view import report
 from tests.object_store import ObjectStore, use
 
 POINTS = [{"lora_r": 4}, {"lora_r": 8}, {"lora_r": 16}, {"lora_r": 32}]
@@ -179,7 +180,7 @@ def test_other_folders_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
         assert line.startswith("error: ") and says in line
 
 
-def test_populations_of_parts_are_joined(tmp_path: Path) -> None:
+def test_populations_of_parts_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = write_part(tmp_path / "one", (1, 2)), write_part(tmp_path / "two", (2, 2))
     SweepDir(one).write_population(Population(3, (Change(1, 10, 2, 0, {"lora_r": 64}),)))
     SweepDir(two).write_population(Population(2, (Change(2, 20, 3, 1, {"lora_r": 128}),)))
@@ -191,3 +192,14 @@ def test_populations_of_parts_are_joined(tmp_path: Path) -> None:
     assert SweepDir(result.path).read_population().generations == 3
     assert result.best is not None and result.best.number == 2
     assert yaml.safe_load((result.path / "best" / "config.yaml").read_text())["lora_r"] == 64
+    assert main(["merge", str(one), str(two), "--output", str(tmp_path / "again")]) == 0
+    assert "trial 2: eval_loss 2.0000 with lora_r=64" in capsys.readouterr().out
+
+
+def test_a_folder_is_named_as_it_is_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_part(tmp_path / "one", (1, 1))
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", "one", "--output", "joined"]) == 0
+    assert "<h1>Sweep joined" in (tmp_path / "joined" / "report.html").read_text()
+    monkeypatch.chdir(tmp_path / "joined")
+    assert SweepDir(".").name == "joined" and report.main(["."]) == 0

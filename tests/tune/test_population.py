@@ -23,6 +23,7 @@ DRAWS = 400
         ([2.0, 2.0, 2.0, 2.0], "min", {}),
         ([1.0, math.nan, 2.0, 3.0], "max", {1: 3}),
         ([math.nan, math.nan], "min", {}),
+        ([math.inf, 1.0, 2.0, 3.0], "max", {0: 3}),
     ],
 )
 def test_the_worst_quarter_goes_on_from_the_best(

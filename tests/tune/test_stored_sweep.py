@@ -9,11 +9,14 @@ import pytest
 from nemo_ray.errors import ConfigError
 from nemo_ray.run_dir import STATE_NAME
 from nemo_ray.stored_run import StoredRunDir
-from nemo_ray.tune import read_result
+from nemo_ray.tune import read_result, runner
+from nemo_ray.tune.course import Course
 from nemo_ray.tune.report import write_report
 from nemo_ray.tune.setup import check_free
+from nemo_ray.tune.source import Known
 from nemo_ray.tune.stored_sweep import StoredSweepDir, open_sweep
 from nemo_ray.tune.sweep_dir import Change, Population, SweepDir, TrialEnd
+from nemo_ray.tune.trial import DRIVER_CPUS
 from nemo_ray.view import report, status
 from tests.object_store import ObjectStore, use
 
@@ -87,6 +90,7 @@ def test_what_an_earlier_sweep_left_on_the_machine_is_gone(
     elsewhere: SweepDir, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     elsewhere.clear()
+    assert not elsewhere.trial(0).read_metrics() and elsewhere.read_end(1) is None, "it may be replaced here"
     left = store.objects("sweeps")
     assert not [key for key in left if "trials" in key or key.endswith(("sweep.json", ".html", "tion.json"))]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
@@ -129,9 +133,44 @@ def test_it_is_looked_at_from_anywhere(
 ) -> None:
     assert status.main([URL]) == 0
     assert f"sweep {URL}: running or broken off, 1 of 3 trials have ended" in capsys.readouterr().out
+    kept = store.objects("sweeps")["mine/report.html"]
+    store.fail_always("403", method="PUT")  # somebody who may only read
     assert report.main([URL, "--output", str(tmp_path / "page.html")]) == 0
+    store.fail_always(None)
+    assert store.objects("sweeps")["mine/report.html"] == kept
     assert "trial 1" in (tmp_path / "page.html").read_text()
+    elsewhere.publish_best(1, {})
     result = read_result(URL)
+    assert (result.path / "best" / "adapter_model.safetensors").read_bytes() == b"bestbest"
     assert result.best is not None and result.best.number == 1 and result.best.value == 2.6
     with pytest.raises(FileNotFoundError):
         read_result("s3://sweeps/none")
+
+
+def test_a_store_that_is_away_as_a_trial_ends_ends_no_sweep(elsewhere: SweepDir, store: ObjectStore) -> None:
+    store.fail_always("403", method="PUT")
+    end = TrialEnd(0, "finished", 2, 3.6, 4)
+    elsewhere.write_end(end)
+    store.fail_always(None)
+    assert elsewhere.read_end(0) == end and "mine/trials/000/trial.json" not in store.objects("sweeps")
+    elsewhere.write_end(end)  # again, at the sweep's end
+    assert "mine/trials/000/trial.json" in store.objects("sweeps")
+    (elsewhere.trial(0).path / "trial.json").write_text("")  # its process makes its folder anew
+    assert elsewhere.read_end(0) is None
+
+
+def test_trials_of_a_sweep_in_a_store_are_on_the_drivers_node_that_may_have_no_cpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[dict[str, float]] = []
+
+    def noted(trainable: object, resources: dict[str, float]) -> object:
+        asked.append(resources)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.tune, "with_resources", noted)
+    monkeypatch.setattr(runner.session, "on_this_node", lambda: {"node:10.0.0.1": 0.001})
+    for folder in (StoredSweepDir(URL), SweepDir(tmp_path)):
+        with pytest.raises(KeyboardInterrupt):
+            runner.fit(Course(folder, [0], "eval_loss", "min", "none"), None, Known([]), 1)
+    assert asked == [{"node:10.0.0.1": 0.001}, {"CPU": DRIVER_CPUS}]
