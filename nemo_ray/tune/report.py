@@ -51,7 +51,8 @@ def _trials(folder: SweepDir, facts: dict[str, Any], ends: dict[int, TrialEnd]) 
             evaluations = evaluations[: end.evaluation]  # what came after does not count
         last = evaluations[-1].value if evaluations else None
         losses = [(row["step"], row["loss"]) for row in run.read_metrics() if row.get("loss") is not None]
-        state = end.status if end else "stopped" if "outcome" in facts else "running"
+        waits = run.read_run().get("outcome") == "stopped"  # of a population, for the others
+        state = end.status if end else "stopped" if "outcome" in facts else "waiting" if waits else "running"
         found.append(Trial(index, point, state, evaluations, losses, end.value if end else last))
     return found
 

@@ -166,6 +166,15 @@ def test_gpu_hours_and_costs_are_shown_where_there_are_such(tmp_path: Path, page
     assert cells[-5:-2] == ["120.0", "1.00", "3.00"]
 
 
+def test_a_trial_that_waits_for_the_others_does_not_run(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "sweep", ended=False)
+    assert "<dt>Running</dt><dd>4" in folder.report_file.read_text()
+    folder.trial(1).update_run({"outcome": "stopped"})
+    write_report(folder)
+    page = folder.report_file.read_text()
+    assert "<dt>Running</dt><dd>3" in page and "<td>waiting</td>" in page
+
+
 def test_who_went_on_from_whom_is_told(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep")
     assert "Generations" not in folder.report_file.read_text()
