@@ -75,9 +75,9 @@ def fit(
 def _trainer(told: Mapping[str, Any], run: RunDir, wanted: Demand, section: RaySection, verbose: bool) -> Any:
     """A TorchTrainer for one start, under a name of its own."""
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
-    return TorchTrainer(
+    return _trainer_class()(
         _run_worker,
         train_loop_config=dict(told),
         # gloo beside NCCL: counts and checkpoints are exchanged on the CPU, and never wait for the GPU.
@@ -109,6 +109,22 @@ def _trainer(told: Mapping[str, Any], run: RunDir, wanted: Demand, section: RayS
             logging_config=LoggingConfig(log_level="INFO" if verbose else "ERROR"),
         ),
     )
+
+
+def _trainer_class() -> Any:
+    """Ray's TorchTrainer; where no dashboard runs, as in a Ray of our own, without the callback that frees a
+    placement group whose controller has died. It asks the dashboard for the controller: without one it frees
+    nothing, and holds every run for 10 s at its end (Ray 2.60)."""
+    from ray._private.worker import get_dashboard_url
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class WithoutDashboard(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            made = super()._create_default_callbacks()
+            return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
+
+    return TorchTrainer if get_dashboard_url() else WithoutDashboard
 
 
 def environment(wanted: Demand) -> dict[str, str]:

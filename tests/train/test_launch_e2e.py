@@ -106,7 +106,7 @@ def test_ctrl_c_saves_a_checkpoint(run: RunDir, launches: list[Started]) -> None
     launch.ctrl_c()
     began = time.monotonic()
     assert launch.end() == 130
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 10  # 3 s; Ray's cleaner of placement groups alone would wait for 10
     assert "stopping: saving a checkpoint" in launch.output and not errors(launch.output)
     newest = run.newest_checkpoint()
     assert newest is not None and str(newest) in launch.output.splitlines()[-1]
