@@ -60,9 +60,10 @@ def read_earlier(folder: SweepDir, sweep: Sweep, shard: Shard) -> dict[str, Any]
         earlier["trials"] == points(sweep, {}) if sweep.trials else len(earlier["trials"]) == sweep.num_trials
     )
     keys = () if sweep.trials else _SAME
-    if "pbt" in (earlier["tune"]["scheduler"], section["scheduler"]):
+    begun = earlier.get("tune", {})
+    if "pbt" in (begun.get("scheduler"), section["scheduler"]):
         keys = (*_SAME, *_SAME_OF_PBT)
-    if not same or any(earlier["tune"].get(name) != section[name] for name in keys):
+    if not same or any(begun.get(name) != section[name] for name in keys):
         raise ConfigError(
             f"output_dir: the sweep in {folder.place} has other trials than this configuration makes; "
             "restore its tune section, or name another output_dir"
