@@ -79,7 +79,8 @@ class ModelSection(Section):
         description="Recompute activations block by block in the backward pass (non-reentrant): `auto` in "
         "those blocks whose activations do not fit into the GPU's memory, which is measured at the start "
         "(on a CPU in none), `true` in all, `false` in none. `offload`: as `auto`, but of those that do not "
-        "fit as many go to the host's memory as can be copied while others compute.",
+        "fit as many go to the host's memory as can be copied while others compute; not for what FSDP2 "
+        "shards. It has run on CPUs only so far.",
     )
 
 

@@ -214,10 +214,10 @@ def _fold_checkpointing(raw: Raw, found: Findings) -> None:
     if raw["gradient_checkpointing"] in ("unsloth", "offload_disk"):
         value = raw["gradient_checkpointing"]
         found.notices.append(
-            f"gradient_checkpointing: {value} runs as offload: what does not fit on the GPU goes to the "
-            "host's memory, or is recomputed"
+            f"gradient_checkpointing: {value} runs as true: activations are recomputed, and not moved "
+            "elsewhere"
         )
-        raw["gradient_checkpointing"] = "offload"
+        raw["gradient_checkpointing"] = True
 
 
 def _fold_precision(raw: Raw, found: Findings) -> None:
