@@ -80,7 +80,7 @@ class ModelSection(Section):
         "those blocks whose activations do not fit into the GPU's memory, which is measured at the start "
         "(on a CPU in none), `true` in all, `false` in none. `offload`: as `auto`, but of those that do not "
         "fit as many go to the host's memory as can be copied while others compute; not for what FSDP2 "
-        "shards. It has run on CPUs only so far.",
+        "shards.",
     )
 
 

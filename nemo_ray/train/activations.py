@@ -19,7 +19,7 @@ from nemo_ray.train.reached import first_reached
 
 # Kinds of blocks, those first whose recomputation takes the most GPU time for the memory that it saves.
 KINDS = ("moe", "linear_attention", "full_attention", "mlp")
-SPARE_BYTES = 7 * 2**28  # for holes between tensors, and for what uses the GPU beside training
+SPARE_BYTES = 2**31  # for holes between tensors, and for what uses the GPU beside training
 
 
 _CHOICES = 5

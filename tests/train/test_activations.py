@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nemo_ray.model.batch import PackedBatch
+from nemo_ray.train import activations
 from nemo_ray.train.activations import choose_kept, keep_most, keep_or_move, measure_costs
 from tests.group import group_of_one
 from tests.model.shapes import tiny_model
@@ -102,7 +103,10 @@ class Moving:
         (2 * 7, 1000, {"moe": 2}, {}),  # what is on its way has no room
     ],
 )
-def test_what_does_not_fit_goes_to_the_host_as_far_as_it_can_be_copied(room, most, on_gpu, on_host):
+def test_what_does_not_fit_goes_to_the_host_as_far_as_it_can_be_copied(
+    room, most, on_gpu, on_host, monkeypatch
+):
+    monkeypatch.setattr(activations, "AHEAD", 2)
     kinds = ["linear_attention", "moe", "moe"] * 4
     layers = [SimpleNamespace(block_type=kind, recompute=True) for kind in kinds]
     model, moving = SimpleNamespace(model=SimpleNamespace(layers=layers)), Moving()
@@ -127,7 +131,8 @@ def test_what_does_not_fit_goes_to_the_host_as_far_as_it_can_be_copied(room, mos
         assert len(places) == count and places[0] == kinds.index(kind), "from the beginning"
 
 
-def test_blocks_without_a_backward_pass_are_not_moved():
+def test_blocks_without_a_backward_pass_are_not_moved(monkeypatch):
+    monkeypatch.setattr(activations, "AHEAD", 2)
     layers = [SimpleNamespace(block_type="moe", recompute=True) for _ in range(6)]
     model, moving = SimpleNamespace(model=SimpleNamespace(layers=layers)), Moving()
 

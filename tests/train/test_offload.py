@@ -247,3 +247,55 @@ def test_two_passes_at_a_time_are_refused() -> None:
     model.target_log_probs(BATCH, BATCH.input_ids)
     with pytest.raises(RuntimeError, match="another forward pass has taken the host memory"):
         first.backward()
+
+
+class Clock:
+    """Host and GPU, which does what is launched in that order; seconds."""
+
+    def __init__(self) -> None:
+        self.host = self.gpu = 0.0
+
+    def launch(self, host_s: float, gpu_s: float) -> None:
+        self.host += host_s
+        self.gpu = max(self.gpu, self.host) + gpu_s
+
+    def synchronize(self) -> None:
+        self.host = max(self.host, self.gpu)
+
+
+COPY_S, LAUNCH_S, KERNEL_S, KERNELS = 5e-3, 2e-3, 1e-3, 100
+
+
+@pytest.mark.parametrize("launch_s", [LAUNCH_S, KERNEL_S / 10], ids=["slow host", "slow GPU"])
+def test_what_can_be_moved_is_told_by_the_time_of_the_gpu(launch_s: float, monkeypatch: Any) -> None:
+    """Not by that of the host, which waits for no launch where a graph is replayed."""
+    clock = Clock()
+
+    class Stamp:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None:
+            self.at = max(clock.gpu, clock.host)
+
+        def elapsed_time(self, other: "Stamp") -> float:
+            return 1e3 * (other.at - self.at)
+
+    class Host:
+        def copy_(self, source: torch.Tensor, non_blocking: bool) -> None:
+            clock.launch(1e-5, COPY_S)
+
+    def forward() -> torch.Tensor:
+        for _ in range(KERNELS):
+            clock.launch(launch_s, KERNEL_S)
+        return torch.zeros(())
+
+    monkeypatch.setattr(torch.cuda, "Event", Stamp)
+    monkeypatch.setattr(torch.cuda, "synchronize", clock.synchronize)
+    monkeypatch.setattr(offload.time, "perf_counter", lambda: clock.host)
+    monkeypatch.setattr(offload, "pinned", lambda num_bytes, device: Host())
+    monkeypatch.setattr(offload, "available_bytes", lambda: 2**60)
+    copied = offload.movable_bytes(CPU, forward) / offload._PROBE_BYTES
+    assert copied == pytest.approx(offload._HIDDEN * KERNELS * KERNEL_S / COPY_S, rel=0.05)
+    monkeypatch.setattr(offload, "available_bytes", lambda: 2 * offload._PROBE_BYTES)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert offload.movable_bytes(CPU, forward) == offload._PROBE_BYTES // 2
