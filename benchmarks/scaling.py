@@ -39,8 +39,8 @@ from workers import workers_of
 
 GIB = 2**30
 SKIPPED = 4  # steps, which compile and record
-TIMED = range(SKIPPED + 1, 13)  # the steps whose times count; two that are profiled follow
-SAVE_STEPS = 32
+TIMED = range(SKIPPED + 1, 41)  # the steps whose times count; two that are profiled follow
+SAVE_STEPS = 48
 BESIDE_SAVING = range(2 * SAVE_STEPS + 1, 2 * SAVE_STEPS + 9)
 STEPS = BESIDE_SAVING[-1]  # the first checkpoint allocates, the second is measured, the third ends the run
 BRIEF = TIMED[-1] + 2

@@ -8,7 +8,7 @@ from typing import Any
 from nemo_ray.config.schema import Config
 from nemo_ray.plan.gpus import Gpu
 from nemo_ray.plan.memory import FULL, Memory, estimate_memory, most_tokens, shard_sizes
-from nemo_ray.plan.speed import COPIES, SHARDED, SPREAD, Speed, estimate_speed
+from nemo_ray.plan.speed import BY_ROWS, COPIES, IN_TURNS, SHARDED, Speed, estimate_speed
 
 PRICED_TOKENS = 100_000_000
 
@@ -35,8 +35,10 @@ class Option:
         one = self.speed.tokens_per_s
         if one is None or self.num_gpus == 1:
             return one
-        share = COPIES if self.shard == 1 else SPREAD if self.memory.factors_whole else SHARDED
-        return one * share * self.num_gpus
+        if self.shard == 1:
+            return one * COPIES * self.num_gpus
+        spread = IN_TURNS if self.shard == 2 else BY_ROWS
+        return one * (spread if self.memory.factors_whole else SHARDED) * self.num_gpus
 
     def hours(self, tokens: float) -> float | None:
         """Wall time for so many tokens."""

@@ -108,10 +108,10 @@ class Parallel:
         """Whether `sync_gradients` has copies of what trains to sum over; otherwise FSDP2 does that."""
         return self.world_size > 1 and not self.sharded
 
-    def hold_weights(self, device: torch.device) -> None:
+    def hold_weights(self) -> None:
         """After the model was filled: put a frozen base that is spread in its place."""
         if self.frozen is not None:
-            self.frozen.hold(self.model, device)
+            self.frozen.hold(self.model)
 
     def hold_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Where there are copies, make each parameter's gradient a part of one tensor, in which it stays."""
@@ -151,7 +151,7 @@ def parallelize(
         else:
             mesh = init_device_mesh(device.type, (layout.shard,), mesh_dim_names=("shard",))
         if factors_whole and any(not p.requires_grad for p in model.model.layers.parameters()):
-            frozen = FrozenShards(model, mesh["shard"].get_group())
+            frozen = FrozenShards(model, mesh["shard"].get_group(), device)
             return Parallel(model, layout, world_size, frozen)
         for block in model.model.layers:
             fully_shard(block, mesh=mesh)

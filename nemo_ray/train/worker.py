@@ -295,7 +295,7 @@ def make_trainee(
     parallel = parallelize(model, layout, device, recompute, factors_whole)
     source = None if config.reinit_weights else base
     fill(model, source, seed=config.seed, device=device, adapter_seed=config.seed)
-    parallel.hold_weights(device)
+    parallel.hold_weights()
     if config.adapter and config.lora_model_dir:
         load_adapter(model, config.adapter_config, config.lora_model_dir)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

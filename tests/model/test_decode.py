@@ -240,7 +240,7 @@ def generate_sharded(rank: int, factors_whole: bool) -> None:
     parallel = parallelize(model, Layout(1, 2), CPU, False, factors_whole)
     assert parallel.sharded != factors_whole
     fill(model, None, seed=3, device=CPU, adapter_seed=3)
-    parallel.hold_weights(CPU)
+    parallel.hold_weights()
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             local, first = local_rows(parameter.detach())

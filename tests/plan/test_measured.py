@@ -10,7 +10,7 @@ from nemo_ray.plan.facts import find_shape
 from nemo_ray.plan.gpus import GIB, GPUS
 from nemo_ray.plan.memory import estimate_memory, most_tokens
 from nemo_ray.plan.options import options
-from nemo_ray.plan.speed import COPIES, MEASURED, SHARDED, SPREAD, estimate_speed
+from nemo_ray.plan.speed import BY_ROWS, COPIES, IN_TURNS, MEASURED, SHARDED, estimate_speed
 
 NANO, SUPER = "nemotron-3-nano-30b-a3b", "nemotron-3-super-120b-a12b"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -85,12 +85,17 @@ def test_speed_of_what_was_measured(model, tokens, keys, run):
 
 
 @pytest.mark.parametrize(
-    ("keys", "share"),
-    [({}, COPIES), ({"dp_shard_size": 2}, SPREAD), ({"dp_shard_size": 2, "lora_r": 128}, SHARDED)],
-    ids=["copies", "a spread base", "factors sharded too"],
+    ("gpus", "keys", "share"),
+    [
+        (2, {}, COPIES),
+        (2, {"dp_shard_size": 2}, IN_TURNS),
+        (4, {"dp_shard_size": 4}, BY_ROWS),
+        (2, {"dp_shard_size": 2, "lora_r": 128}, SHARDED),
+    ],
+    ids=["copies", "a spread base", "over more", "factors sharded too"],
 )
-def test_two_gpus_are_less_than_twice_one(keys, share) -> None:
+def test_gpus_are_less_than_so_many_times_one(gpus, keys, share) -> None:
     """As measured by layout; what an adapter trains is sharded too where a GPU has no room for all of it."""
     shape, _ = find_shape(NANO)
-    two = options(config(NANO, 8192, ATTENTION, True, **keys), shape, GPUS["h100"], 2)[0]
-    assert two.tokens_per_s == pytest.approx(2 * share * two.speed.tokens_per_s)
+    found = options(config(NANO, 8192, ATTENTION, True, **keys), shape, GPUS["h100"], gpus)[0]
+    assert found.tokens_per_s == pytest.approx(gpus * share * found.speed.tokens_per_s)

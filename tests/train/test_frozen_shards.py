@@ -35,17 +35,32 @@ class Stream:
         return object()
 
 
-def spread(monkeypatch: pytest.MonkeyPatch, **adapter: object) -> tuple[torch.nn.Module, FrozenShards]:
+def spread(
+    monkeypatch: pytest.MonkeyPatch, in_turns: bool = False, **adapter: object
+) -> tuple[torch.nn.Module, FrozenShards]:
+    """By rows, over one worker; or as the first of two that hold blocks in turns, where this one's stand for
+    those of the other."""
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     model, _ = build(
         tiny_config(pattern=PATTERN), AdapterSection(**(ALL_TARGETS | adapter)), Precision(), CPU
     )
     bind_loss(model)
-    shards = FrozenShards(model, dist.group.WORLD)
+    if in_turns:
+        units = [
+            tuple(places[at : at + 2])
+            for places in ([index for index, its in enumerate(PATTERN) if its == kind] for kind in "ME*-")
+            for at in range(0, len(places), 2)
+        ]
+        make = FrozenShards._memory_for_parts
+        monkeypatch.setattr(FrozenShards, "_divide", lambda _: units)
+        monkeypatch.setattr(
+            FrozenShards, "_memory_for_parts", lambda *args: (make(*args)[0], [make(*args)[0]] * 2)
+        )
+    shards = FrozenShards(model, dist.group.WORLD, CPU)
     fill(model, None, seed=3, device=CPU, adapter_seed=3)
-    shards.hold(model, CPU)
-    shards._streams = (Stream(), Stream())
+    shards.hold(model)
+    shards._stream = Stream()
     return model.train(), shards
 
 
@@ -62,13 +77,15 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     fetch, use = FrozenShards._fetch, FrozenShards._use
 
     def _fetch(shards: FrozenShards, index: int) -> None:
-        if shards._buffer_of[index].block != index:
+        buffer = shards._buffer_of[index]
+        if buffer is not None and buffer.block != index:
             found.append(("fetch", index))
         fetch(shards, index)
 
     def _use(shards: FrozenShards, index: int, coming: range) -> None:
         use(shards, index, coming)
-        assert shards._buffer_of[index].block == index  # whatever was fetched ahead
+        buffer = shards._buffer_of[index]
+        assert buffer is None or buffer.block == index  # whatever was fetched ahead
         found.append(("use", index))
 
     monkeypatch.setattr(FrozenShards, "_fetch", _fetch)
@@ -91,9 +108,10 @@ def uses(events: list[tuple[str, int]]) -> list[int]:
 
 
 @pytest.mark.usefixtures("one_worker")
+@pytest.mark.parametrize("in_turns", [False, True], ids=["rows", "blocks in turns"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_blocks_are_fetched_before_they_are_needed(recompute, told, monkeypatch):
-    model, shards = spread(monkeypatch)
+def test_blocks_are_fetched_before_they_are_needed(recompute, in_turns, told, monkeypatch):
+    model, shards = spread(monkeypatch, in_turns)
     for block in model.model.layers:
         block.recompute = recompute
     count = len(PATTERN)
@@ -108,13 +126,18 @@ def test_blocks_are_fetched_before_they_are_needed(recompute, told, monkeypatch)
         ]
         # Only what has no buffer yet: a third of one kind in a row.
         assert len(fetched_late) <= PATTERN.count("EE") + PATTERN.count("MM"), events
-    assert len([1 for what, _ in backward if what == "fetch"]) < count  # the last ones are there still
+    fetched = {index for index in range(count) if shards._buffer_of[index] is not None}
+    assert {block for what, block in forward if what == "fetch"} == fetched
+    assert {PATTERN[block] for block in set(range(count)) - fetched} == (set("ME*") if in_turns else set())
+    # The last ones are there still.
+    assert len([1 for what, _ in backward if what == "fetch"]) < len(fetched)
 
 
 @pytest.mark.usefixtures("one_worker")
-def test_every_pass_fetches_the_same(told, monkeypatch):
+@pytest.mark.parametrize("in_turns", [False, True], ids=["rows", "blocks in turns"])
+def test_every_pass_fetches_the_same(in_turns, told, monkeypatch):
     """A recorded one does, whatever was in the buffers when it was recorded."""
-    model, _ = spread(monkeypatch)
+    model, _ = spread(monkeypatch, in_turns)
     first = passes(model, told)
     with torch.no_grad():
         model.target_log_probs(BATCH, BATCH.input_ids)

@@ -1,7 +1,10 @@
 """Every layout over four processes computes the losses, gradients and files of one process."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
+from nemo_ray.train.frozen_shards import FrozenShards
 from nemo_ray.train.loss import IGNORED, bind_loss, next_token_targets
 from nemo_ray.train.optim import clip_gradients, make_optimizer
 from nemo_ray.train.parallelize import Layout, Parallel, parallelize
@@ -85,7 +89,7 @@ def train(
     bind_loss(model)
     parallel = parallelize(model, layout, CPU, checkpointing, case.factors_whole)
     fill(model, None, seed=3, device=CPU, adapter_seed=4)
-    parallel.hold_weights(CPU)
+    parallel.hold_weights()
     self_test(model, targets, CPU, case.precision.compute)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     parameters = list(named.values())
@@ -119,7 +123,31 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def check_spread_weights(model: nn.Module, reference: nn.Module, parallel: Parallel) -> None:
+@contextmanager
+def parts_of(folder: Path | None) -> Iterator[list[int]]:
+    """The bytes of parts that this worker holds, as they are made; with a folder, workers read each other's
+    as GPUs of one host do: out of files in it."""
+    held: list[int] = []
+    make = FrozenShards._memory_for_parts
+
+    def memory_for_parts(shards: FrozenShards, num_bytes: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        held.append(num_bytes)
+        if folder is None:
+            return make(shards, num_bytes)
+        ranks = dist.get_process_group_ranks(shards.group)
+        files = [str(folder / f"{len(held)}-of-{rank}") for rank in ranks]
+        own = torch.from_file(files[shards.rank], shared=True, size=num_bytes, dtype=torch.uint8)
+        dist.barrier(group=shards.group)
+        return own, [torch.from_file(file, shared=True, size=num_bytes, dtype=torch.uint8) for file in files]
+
+    with (
+        patch.object(FrozenShards, "_memory_for_parts", memory_for_parts),
+        patch.object(FrozenShards, "_can_read_each_other", lambda _: folder is not None),
+    ):
+        yield held
+
+
+def check_spread_weights(model: nn.Module, reference: nn.Module, parallel: Parallel, held: int) -> None:
     """Gathered, they are those of one worker; and a worker holds its part of them, not all."""
     whole_bytes = 0
     for ours, plain in zip(model.model.layers, reference.model.layers, strict=True):
@@ -129,7 +157,6 @@ def check_spread_weights(model: nn.Module, reference: nn.Module, parallel: Paral
             if not weight.requires_grad:
                 assert torch.equal(weight.view(torch.uint8), expected[name].view(torch.uint8)), name
                 whole_bytes += weight.nbytes if weight.dim() > 1 else 0
-    held = sum(weight.part.nbytes for of_block in parallel.frozen._weights for weight in of_block)
     assert 0 < held < 1.1 * whole_bytes / parallel.layout.shard
 
 
@@ -137,8 +164,20 @@ def compare_layouts(rank: int, folder: str, name: str) -> None:
     case = CASES[name]
     reference, expected, _ = train(Layout(1, 1), 0, case, checkpointing=False)
     assert expected[-2] < 0.95 * expected[0], expected
-    for layout in (Layout(1, 4), Layout(2, 2), Layout(4, 1)):
-        model, figures, parallel = train(layout, rank, case, checkpointing=layout.replicate == 2)
+    files = Path(folder) / "parts"
+    for layout, read_in in (
+        (Layout(1, 4), None),
+        (Layout(2, 2), None),
+        (Layout(2, 2), files / "of two"),
+        (Layout(1, 4), files / "of four"),
+        (Layout(4, 1), None),
+    ):
+        if read_in is not None:
+            if not case.adapter or not case.factors_whole:
+                continue
+            read_in.mkdir(parents=True, exist_ok=True)
+        with parts_of(read_in) as held:
+            model, figures, parallel = train(layout, rank, case, checkpointing=layout.replicate == 2)
         torch.testing.assert_close(
             torch.tensor(figures),
             torch.tensor(expected),
@@ -150,7 +189,9 @@ def compare_layouts(rank: int, folder: str, name: str) -> None:
             layout.shard > 1 and bool(case.adapter) and case.factors_whole
         )
         if parallel.frozen is not None:
-            check_spread_weights(model, reference, parallel)
+            check_spread_weights(model, reference, parallel, sum(held))
+            some_whole = bool(parallel.frozen._holder)
+            assert some_whole == (read_in is not None and layout.shard == 2)
         for (key, ours), (_, plain) in zip(
             model.named_parameters(), reference.named_parameters(), strict=True
         ):
