@@ -8,6 +8,7 @@ system. The store is the truth: a driver that starts makes its folders anew from
 import contextlib
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from nemo_ray.tune.sweep_dir import (
     trial_name,
 )
 from nemo_ray.urls import is_url
+
+_AT_ONCE = 16
+"""Trials that are read beside each other."""
 
 
 def open_sweep(output_dir: str) -> SweepDir:
@@ -83,17 +87,17 @@ class StoredSweepDir(SweepDir):
         if numbers is None:
             numbers = range(len(self.read()["trials"])) if self.holds_sweep() else ()
         begun = list_folders(join(self.url, TRIALS_NAME))
-        for number in numbers:
-            run = self.trial(number)
-            if trial_name(number) not in begun:
-                shutil.rmtree(run.path, ignore_errors=True)
-                continue
-            run.pull()
-            try:
-                end = read_bytes(join(run.url, TRIAL_NAME))
-            except FileNotFoundError:
-                continue
-            (run.path / TRIAL_NAME).write_bytes(end)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:  # small files, each a request
+            list(pool.map(lambda number: self._pull_trial(number, trial_name(number) in begun), numbers))
+
+    def _pull_trial(self, number: int, begun: bool) -> None:
+        run = self.trial(number)
+        if not begun:
+            shutil.rmtree(run.path, ignore_errors=True)
+            return
+        run.pull()
+        with contextlib.suppress(FileNotFoundError):
+            (run.path / TRIAL_NAME).write_bytes(read_bytes(join(run.url, TRIAL_NAME)))
 
     def keep(self, path: Path) -> None:
         if path.exists():

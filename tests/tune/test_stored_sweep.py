@@ -1,6 +1,7 @@
 """A sweep's directory in an object store: what one machine leaves there, another finds."""
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,18 @@ def test_another_machine_finds_all_of_it(elsewhere: SweepDir, store: ObjectStore
     assert [row["step"] for row in run.read_metrics()] == [2, 2, 4, 4]
     assert not elsewhere.trial(2).has_results()
     assert b"trial 1" in store.objects("sweeps")["mine/report.html"]
+
+
+def test_trials_are_read_beside_each_other(elsewhere: SweepDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    together, pull = threading.Barrier(2, timeout=20), StoredRunDir.pull
+
+    def meet(run: StoredRunDir) -> None:
+        together.wait()
+        pull(run)
+
+    monkeypatch.setattr(StoredRunDir, "pull", meet)
+    elsewhere.pull()
+    assert elsewhere.read_end(1) is not None
 
 
 def test_what_an_earlier_sweep_left_on_the_machine_is_gone(
