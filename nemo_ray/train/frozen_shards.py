@@ -93,10 +93,13 @@ class FrozenShards:
             self._stream = torch.cuda.Stream(self.device)
         self._make_buffers(model)
         for unit in self._units:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the model was filled into: parts lie outside torch's cache
             self._place(model, unit)
         del model.row_shards
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
         dist.barrier(group=self.group)  # from here on everybody may read
 
     # -- where the weights lie -------------------------------------------------------------------
@@ -182,8 +185,6 @@ class FrozenShards:
                 end += _aligned(size)
                 parameter.data = gathered.flatten(0, 1)[: shape[0]]
                 self._weights[index].append(_Weight(gathered, sources or [part]))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the model was filled into: the new memory is not of torch's cache
 
     def _memory_for_parts(self, num_bytes: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Memory for this worker's parts, and all workers' as this one can read them."""

@@ -1,7 +1,7 @@
 """How a model lies over the workers: recomputation first, then FSDP2 over a mesh, or plain copies.
 
 Three layouts, from two integers whose product is the number of workers:
-- shard = all: each worker holds a part of every block;
+- shard = all: each worker holds a part of the model;
 - replicate x shard: sharded within a group, copied across groups (HSDP);
 - shard = 1: each worker holds the whole model, and only gradients are summed. FSDP2 would keep a second copy.
 

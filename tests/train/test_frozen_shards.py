@@ -1,11 +1,11 @@
 """When the weights of a spread base are fetched: ahead of their use, and never over those that are in use.
 
-What they compute is compared in test_parallelize.py, over four processes, and on GPUs in tests/gpu. Here a
-stand-in for CUDA's streams lets one process on a CPU take the way of a GPU.
+What they compute is compared in test_parallelize.py, over four processes, and on GPUs in tests/gpu. Here
+clocks stand for CUDA's streams, and let one process on a CPU take the way of a GPU.
 """
 
-import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,20 +19,10 @@ from nemo_ray.train.frozen_shards import BUFFERS, FrozenShards
 from nemo_ray.train.loss import bind_loss
 from tests.group import group_of_one
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
+from tests.train.clocks import Races, Stream, use_clocks
 
 PATTERN = "MEMEM*EMEMME*EE-ME"  # two of a kind in a row too
 BATCH = PackedBatch.from_lengths(random_ids(128, (17, 23)), [[17, 23]])
-
-
-class Stream:
-    """Does at once what it is told."""
-
-    def wait_stream(self, other: object) -> None: ...
-
-    def wait_event(self, event: object) -> None: ...
-
-    def record_event(self) -> object:
-        return object()
 
 
 def spread(
@@ -40,8 +30,7 @@ def spread(
 ) -> tuple[torch.nn.Module, FrozenShards]:
     """By rows, over one worker; or as the first of two that hold blocks in turns, where this one's stand for
     those of the other."""
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    use_clocks(monkeypatch)
     model, _ = build(
         tiny_config(pattern=PATTERN), AdapterSection(**(ALL_TARGETS | adapter)), Precision(), CPU
     )
@@ -60,7 +49,7 @@ def spread(
     shards = FrozenShards(model, dist.group.WORLD, CPU)
     fill(model, None, seed=3, device=CPU, adapter_seed=3)
     shards.hold(model)
-    shards._stream = Stream()
+    shards._stream = Stream("copies")
     return model.train(), shards
 
 
@@ -119,6 +108,8 @@ def test_blocks_are_fetched_before_they_are_needed(recompute, in_turns, told, mo
     assert uses(forward) == list(range(count))
     assert uses(backward) == list(reversed(range(count)))  # once each, also where blocks compute again
     for events, first in ((forward, 0), (backward, count - 1)):
+        fetched = [block for what, block in events if what == "fetch"]
+        assert fetched == sorted(fetched, reverse=first != 0), "in the order of their use"
         fetched_late = [
             block
             for at, (what, block) in enumerate(events)
@@ -139,11 +130,51 @@ def test_every_pass_fetches_the_same(in_turns, told, monkeypatch):
     """A recorded one does, whatever was in the buffers when it was recorded."""
     model, _ = spread(monkeypatch, in_turns)
     first = passes(model, told)
+    assert passes(model, told) == first
     with torch.no_grad():
         model.target_log_probs(BATCH, BATCH.input_ids)
     assert passes(model, told) == first
     model.model.layers[3](torch.randn(1, 40, model.config.hidden_size), packed=BATCH)  # as the self-test does
     assert passes(model, told) == first
+
+
+@pytest.mark.usefixtures("one_worker")
+@pytest.mark.parametrize("in_turns", [False, True], ids=["rows", "blocks in turns"])
+def test_blocks_wait_for_their_weights_and_copies_for_the_blocks_before(in_turns, monkeypatch):
+    model, shards = spread(monkeypatch, in_turns)
+    buffers = {id(buffer): buffer.memory for buffer in shards._buffer_of if buffer is not None}
+    races = Races(list(buffers.values()))
+    shards._gather = races.writing(shards._gather, lambda weight: weight.gathered)
+    for number in range(6):
+        for index, block in enumerate(model.model.layers):
+            block.recompute = (index + number) % 3 == 0
+        with races:
+            loss = model.target_log_probs(BATCH, BATCH.input_ids).sum()
+            if number % 3:  # else what was fetched ahead is not used
+                loss.backward()
+            with torch.no_grad():
+                model.target_log_probs(BATCH, BATCH.input_ids)
+    assert races.found == [] and races.reads > 100
+    assert races.writers == {"copies"}
+
+
+def units(
+    pattern: str, size: int = 2, readable: bool = True, unlike: int | None = None
+) -> list[tuple[int, ...]]:
+    """How the blocks of a pattern are divided; block `unlike` has a weight of another shape."""
+    shards = SimpleNamespace(size=size, _readable=readable, blocks=[])
+    for index, kind in enumerate(pattern):
+        block = torch.nn.Linear(2, 3 if index == unlike else 2).requires_grad_(False)
+        block.block_type = kind
+        shards.blocks.append(block)
+    return FrozenShards._divide(shards)
+
+
+def test_blocks_are_divided_in_pairs_of_a_kind():
+    assert units("MEMEM*") == [(0,), (2, 4), (1, 3), (5,)]  # one that is left over is the first
+    assert units("MEME", unlike=3) == [(0, 2), (1,), (3,)]
+    for rows in (units("MEME", size=3), units("MEME", size=4), units("MEME", readable=False)):
+        assert sorted(rows) == [(0,), (1,), (2,), (3,)]
 
 
 @pytest.mark.usefixtures("one_worker")

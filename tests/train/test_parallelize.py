@@ -20,7 +20,7 @@ from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.saving import SavedBase, save_model
 from nemo_ray.model.selftest import self_test
-from nemo_ray.train.frozen_shards import FrozenShards
+from nemo_ray.train.frozen_shards import ALIGNED, FrozenShards
 from nemo_ray.train.loss import IGNORED, bind_loss, next_token_targets
 from nemo_ray.train.optim import clip_gradients, make_optimizer
 from nemo_ray.train.parallelize import Layout, Parallel, parallelize
@@ -156,6 +156,8 @@ def check_spread_weights(model: nn.Module, reference: nn.Module, parallel: Paral
         for name, weight in ours.named_parameters():
             if not weight.requires_grad:
                 assert torch.equal(weight.view(torch.uint8), expected[name].view(torch.uint8)), name
+                offset = weight.data_ptr() - weight.untyped_storage().data_ptr()
+                assert weight.dim() < 2 or offset % ALIGNED == 0, name
                 whole_bytes += weight.nbytes if weight.dim() > 1 else 0
     assert 0 < held < 1.1 * whole_bytes / parallel.layout.shard
 
