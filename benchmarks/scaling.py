@@ -13,8 +13,9 @@ process of its own, all in turns on one machine:
 
 Prints a table and writes JSON. Communication a step, and the part of it that nothing hides, come from a
 profile of two steps. `held` is the time for which the second checkpoint kept training from going on, `slower`
-by how much longer the eight steps after it are; `--brief` leaves both out, and ends after the profile. Ends
-with 1 where a run failed, or where losses are further from those of the accumulated run than bf16 explains.
+by how much longer the eight steps after it are, by their median, since some record a graph; `--brief` leaves
+both out, and ends after the profile. Ends with 1 where a run failed, or where losses are further from those
+of the accumulated run than bf16 explains.
 
     python benchmarks/scaling.py --gpus 2 --out scaling.json
     python benchmarks/scaling.py --gpus 2 --model tiny     # on CPUs, over gloo
@@ -139,7 +140,7 @@ def run(
         "step_s": step_s,
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in timed),
         "held_s": saving[0]["checkpoint_s"] if saving else None,
-        "slower": statistics.mean(row["step_s"] for row in saving) / step_s - 1 if saving else None,
+        "slower": statistics.median(row["step_s"] for row in saving) / step_s - 1 if saving else None,
         "peak_gib": max(row["peak_memory_bytes"] for row in rows) / GIB,
         "losses": [row["loss"] for row in rows],
         "step_times": [row["step_s"] for row in rows],
