@@ -56,6 +56,7 @@ def keep_what_fits(
     device: torch.device,
     forward: Callable[[], torch.Tensor],
     moving: HostActivations | None = None,
+    untracked_bytes: int = 0,
 ) -> Kept:
     """Let as many blocks keep their activations as the GPU has memory for, or this process's share of it; of
     the others `moving` moves as many as can be copied while the rest computes.
@@ -65,15 +66,14 @@ def keep_what_fits(
 
     Args:
         forward: the loss of a batch of the size that will train.
+        untracked_bytes: that this process holds beside torch's allocator.
     """
     for block in model.model.layers:
         block.recompute = True
     forward().backward()  # whatever is made once, is made now
     dist.all_reduce(torch.zeros((), device=device))  # NCCL's buffers too
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    share = int(total * torch.cuda.get_per_process_memory_fraction())
-    limit = min(free + torch.cuda.memory_reserved(device), share) - SPARE_BYTES
+    limit = limit_bytes(device, untracked_bytes)
     at_rest = _bytes_held(device, forward)
     costs = measure_costs(model, lambda: _bytes_held(device, forward) - at_rest)
 
@@ -84,6 +84,13 @@ def keep_what_fits(
         return Kept(keep_most(model, costs, limit, peak, device), {})
     most = movable_bytes(device, forward)
     return keep_or_move(model, costs, limit, peak, moving, most, first_reached(model))
+
+
+def limit_bytes(device: torch.device, untracked_bytes: int) -> int:
+    """What torch's allocator may hold: all that nobody else has, or this process's share of the GPU."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(total * torch.cuda.get_per_process_memory_fraction()) - untracked_bytes
+    return min(free + torch.cuda.memory_reserved(device), share) - SPARE_BYTES
 
 
 def keep_most(

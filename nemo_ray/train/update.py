@@ -88,7 +88,7 @@ class Update:
         loss = blank_loss(self.trainee, self.train.micro_batch_size, sequence_len)
         model, device = self.trainee.model.train(), self.trainee.device
         moving = HostActivations(model, device) if offload and not self.trainee.parallel.sharded else None
-        kept = keep_what_fits(model, device, loss, moving)
+        kept = keep_what_fits(model, device, loss, moving, self.trainee.parallel.untracked_bytes)
         self._zero_gradients()
         max_violation(model)  # of these passes, on tokens without meaning
         return kept

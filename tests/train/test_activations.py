@@ -81,6 +81,20 @@ def test_room_that_a_choice_leaves_is_measured_again():
     assert [block.recompute for block in layers if block.block_type == "moe"] == [True, False, False]
 
 
+@pytest.mark.parametrize(
+    ("fraction", "free_gib", "limit_gib"),
+    [(1.0, 50, 60), (0.5, 50, 40 - 7), (1.0, 70, 80 - 7)],
+    ids=["others have the rest", "a share of it", "all of it"],
+)
+def test_what_others_read_counts_against_a_process_share(fraction, free_gib, limit_gib, monkeypatch):
+    gib = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gib * gib, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * gib)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: fraction)
+    found = activations.limit_bytes(torch.device("cuda"), 7 * gib)
+    assert found == limit_gib * gib - activations.SPARE_BYTES
+
+
 class Moving:
     """Notes which blocks' activations go to the host."""
 
