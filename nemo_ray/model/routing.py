@@ -54,10 +54,10 @@ class _SplitProduct(torch.autograd.Function):
 def bf16_parts(values: torch.Tensor, count: int) -> list[torch.Tensor]:
     """bf16 tensors that add up to `values`: of a float32 the first 8 `count` bits, all of them with 3."""
     parts, left = [], values.float()
-    for _ in range(count):
+    for _ in range(count - 1):
         parts.append(left.to(torch.bfloat16))
         left = left - parts[-1]
-    return parts
+    return [*parts, left.to(torch.bfloat16)]
 
 
 def _float32_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
