@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nemo_ray.train.offload import AHEAD, HostActivations, movable_bytes
+from nemo_ray.train.offload import BEHIND, HostActivations, movable_bytes
 from nemo_ray.train.reached import first_reached
 
 # Kinds of blocks, those first whose recomputation takes the most GPU time for the memory that it saves.
@@ -134,24 +134,50 @@ def keep_or_move(
     """As `keep_most`; and of what makes theirs again then, blocks of up to `most_bytes` are moved instead,
     from block `first` on.
 
-    What is on its way lies on the GPU as well, so that fewer keep theirs there: it is chosen again, a few
-    times, what to move.
+    What is on its way lies on the GPU as well, and fewer may keep theirs there: it is chosen again, a few
+    times, what to move. Blocks before those which keep theirs are moved: at the peak, when all of these are
+    held, nothing is on its way.
     """
-    device, kinds = moving.device, [block.block_type for block in model.model.layers]
+    device, layers = moving.device, model.model.layers
+    kinds = [block.block_type for block in layers]
     room = limit - peak()
-    ways = {kind: cost for kind, cost in costs.items() if room >= (AHEAD + 1) * cost}
-    kept, moved = keep_most(model, costs, limit, peak, device), Counts()
-    for _ in range(_CHOICES):
-        left = [kind for kind in ways for _ in range(kinds[first:].count(kind) - kept.get(kind, 0))]
-        chosen = _least(choose_kept(ways, left, most_bytes), device)
-        if chosen == moved:
-            break
-        moved, blocks = chosen, _spread(kinds, chosen, first)
+
+    def choose(kept: Counts) -> set[int]:
+        places = {kind: _places(kinds, kind, first)[: -kept[kind] or None] for kind in costs}
+        left = [kind for kind in costs for _ in places[kind]]
+        most = most_bytes
+        while True:
+            counts = choose_kept(costs, left, most)
+            blocks = _spread(places, counts)
+            if not blocks or _most_on_their_way(kinds, costs, blocks) <= room:
+                return _spread(places, _least(counts, device))
+            most = most * 3 // 4
+
+    def apply(blocks: set[int]) -> Counts:
         moving.move(blocks)
-        for index, block in enumerate(model.model.layers):
+        for index, block in enumerate(layers):
             block.recompute = index not in blocks
-        kept = keep_most(model, costs, limit, peak, device, blocks)
-    return Kept(kept, moved)
+        return keep_most(model, costs, limit, peak, device, blocks)
+
+    kept, blocks = keep_most(model, costs, limit, peak, device), set[int]()
+    for _ in range(_CHOICES):
+        chosen = choose(kept)
+        if chosen == blocks:
+            break
+        blocks = chosen
+        kept = apply(blocks)
+    return Kept(kept, dict(Counter(kinds[index] for index in sorted(blocks))))
+
+
+def _places(kinds: Sequence[str], kind: str, first: int) -> list[int]:
+    """Where the blocks of a kind are, from block `first` on."""
+    return [index for index, its in enumerate(kinds) if its == kind and index >= first]
+
+
+def _most_on_their_way(kinds: Sequence[str], costs: Counts, moved: Collection[int]) -> int:
+    """Bytes of the moved blocks that lie on the GPU as well, at most."""
+    sizes = [costs[kind] if index in moved else 0 for index, kind in enumerate(kinds)]
+    return max(sum(sizes[index : index + BEHIND + 1]) for index in range(len(sizes)))
 
 
 def _least(counts: Counts, device: torch.device) -> Counts:
@@ -161,13 +187,12 @@ def _least(counts: Counts, device: torch.device) -> Counts:
     return {kind: count for kind, count in zip(KINDS, least.tolist(), strict=True) if count}
 
 
-def _spread(kinds: Sequence[str], counts: Mapping[str, int], first: int) -> set[int]:
-    """So many blocks of each kind, evenly over the model from block `first` on: a copy then has the time
-    until the next one to itself."""
+def _spread(places: Mapping[str, Sequence[int]], counts: Mapping[str, int]) -> set[int]:
+    """So many blocks of each kind, evenly over its places: a copy then has the time until the next one to
+    itself."""
     chosen = set()
     for kind, count in counts.items():
-        places = [index for index, its in enumerate(kinds) if its == kind and index >= first]
-        chosen |= {places[step * len(places) // count] for step in range(count)}
+        chosen |= {places[kind][step * len(places[kind]) // count] for step in range(count)}
     return chosen
 
 

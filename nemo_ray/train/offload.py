@@ -25,8 +25,8 @@ from nemo_ray.host_memory import available_bytes
 from nemo_ray.train.reached import when_reached
 
 LEAST_BYTES = 2**24  # smaller tensors stay: they free little
-AHEAD = 4  # blocks whose backward passes hide the way back
-LEAVING = 2  # moved blocks whose tensors may be on their way at a time, and still in the GPU's memory
+AHEAD = 8  # blocks whose backward passes hide the way back
+BEHIND = 12  # blocks whose forward passes hide the way out
 
 _PROBE_BYTES = 2**28
 _HIDDEN = 0.45  # of a forward pass: with 0.8 (Nano, one H200) blocks waited for as long as they saved
@@ -70,7 +70,8 @@ class HostActivations:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._saved: dict[int, list[_Saved]] = {}
         self._hosts: dict[tuple[int, int], torch.Tensor] = {}
-        self._leaving: deque[tuple[torch.cuda.Event | None, list[_Saved]]] = deque()
+        self._leaving: deque[tuple[int, torch.cuda.Event | None, list[_Saved]]] = deque()
+        """Blocks that are done, whose tensors are on their way out."""
         self._hooks: saved_tensors_hooks | None = None
         self._passes = 0
         model.model.embeddings.register_forward_pre_hook(lambda *_: self._begin())
@@ -82,7 +83,7 @@ class HostActivations:
 
     def move(self, blocks: Collection[int]) -> None:
         """From the next pass on, move what these blocks save, which must not be made again."""
-        self._let_go(0)
+        self._let_go()
         self._saved.clear()
         self.moved = frozenset(blocks)
         weights = itertools.chain(self._model.parameters(), self._model.buffers())
@@ -98,11 +99,13 @@ class HostActivations:
 
     def _begin(self) -> None:
         self._passes += 1
-        self._let_go(0)
+        self._let_go()
 
     def _before_forward(self, index: int) -> None:
-        if index in self.moved and torch.is_grad_enabled():
-            self._let_go(LEAVING - 1)
+        if not torch.is_grad_enabled():
+            return
+        self._let_go(index - BEHIND)
+        if index in self.moved:
             self._saved[index] = []
             self._hooks = saved_tensors_hooks(partial(self._pack, index), self._unpack)
             self._hooks.__enter__()
@@ -113,7 +116,7 @@ class HostActivations:
             self._hooks = None
             if self._saved[index]:  # else the stream may have no part yet in the graph that is recorded
                 event = self._stream.record_event() if self._stream is not None else None
-                self._leaving.append((event, self._saved[index]))
+                self._leaving.append((index, event, self._saved[index]))
         if hidden is None or not self.moved:  # None where the block raised
             return hidden
         return when_reached(hidden, partial(self._before_backward, index))
@@ -138,10 +141,11 @@ class HostActivations:
         saved.append(_Saved(self._passes, self._hosts[key], memory))
         return saved[-1]
 
-    def _let_go(self, on_their_way: int) -> None:
-        """Give back the GPU's memory of all but the last so many blocks, when it has been copied."""
-        while len(self._leaving) > on_their_way:
-            event, saved = self._leaving.popleft()
+    def _let_go(self, last: int | None = None) -> None:
+        """Give back the GPU's memory of the blocks up to `last`, all where it is None, when it has been
+        copied."""
+        while self._leaving and (last is None or self._leaving[0][0] <= last):
+            _, event, saved = self._leaving.popleft()
             if event is not None:
                 torch.cuda.current_stream().wait_event(event)
             for one in saved:
@@ -150,7 +154,7 @@ class HostActivations:
     # -- backward ---------------------------------------------------------------------------------
 
     def _before_backward(self, index: int) -> None:
-        self._let_go(0)
+        self._let_go()
         for coming in range(index, max(index - AHEAD, 0) - 1, -1):
             for saved in reversed(self._saved.get(coming, ())):
                 self._fetch(saved)

@@ -95,6 +95,9 @@ def test_what_others_read_counts_against_a_process_share(fraction, free_gib, lim
     assert found == limit_gib * gib - activations.SPARE_BYTES
 
 
+BEHIND = 2
+
+
 class Moving:
     """Notes which blocks' activations go to the host."""
 
@@ -109,28 +112,30 @@ class Moving:
     ("room", "most", "on_gpu", "on_host"),
     [
         (1000, 1000, {"linear_attention": 4, "moe": 8}, {}),
-        (4 * 8, 1000, {"moe": 2}, {"moe": 6, "linear_attention": 4}),
-        (4 * 7, 1000, {"moe": 2}, {"moe": 6}),
-        (4 * 7, 30, {"moe": 2}, {"moe": 4}),
+        (4 * 8, 1000, {"moe": 3}, {"moe": 5, "linear_attention": 4}),
+        (4 * 7, 1000, {}, {"moe": 8, "linear_attention": 4}),
+        (4 * 7, 30, {"moe": 4}, {"moe": 4}),  # what is on its way is so where nothing is kept yet
         (4 * 7, 0, {"moe": 4}, {}),
-        (8 * 7, 45, {"moe": 6, "linear_attention": 0}, {"moe": 2, "linear_attention": 3}),
-        (2 * 7, 1000, {"moe": 2}, {}),  # what is on its way has no room
+        (8 * 7, 45, {"moe": 6, "linear_attention": 1}, {"moe": 2, "linear_attention": 3}),
+        (2 * 7, 1000, {}, {"moe": 7}),  # two at a time are on their way
+        (6, 1000, {}, {}),
     ],
 )
 def test_what_does_not_fit_goes_to_the_host_as_far_as_it_can_be_copied(
     room, most, on_gpu, on_host, monkeypatch
 ):
-    monkeypatch.setattr(activations, "AHEAD", 2)
+    monkeypatch.setattr(activations, "BEHIND", BEHIND)
     kinds = ["linear_attention", "moe", "moe"] * 4
     layers = [SimpleNamespace(block_type=kind, recompute=True) for kind in kinds]
     model, moving = SimpleNamespace(model=SimpleNamespace(layers=layers)), Moving()
     costs = {"linear_attention": 10, "moe": 7}
 
     def peak() -> int:
-        kept = [
-            costs[b.block_type] for i, b in enumerate(layers) if not b.recompute and i not in moving.moved
-        ]
-        return 100 + sum(kept) + (2 * 7 if moving.moved else 0)
+        sizes = [0 if block.recompute else costs[block.block_type] for block in layers]
+        way = [size if index in moving.moved else 0 for index, size in enumerate(sizes)]
+        kept = [size - its for size, its in zip(sizes, way, strict=True)]
+        ends = range(1, len(layers) + 1)
+        return 100 + max(sum(kept[:end]) + sum(way[max(0, end - BEHIND - 1) : end]) for end in ends)
 
     with group_of_one():
         kept = keep_or_move(model, costs, 100 + room, peak, moving, most, 0)
@@ -143,10 +148,13 @@ def test_what_does_not_fit_goes_to_the_host_as_far_as_it_can_be_copied(
     for kind, count in on_host.items():
         places = sorted(index for index in moving.moved if kinds[index] == kind)
         assert len(places) == count and places[0] == kinds.index(kind), "from the beginning"
+        stay = [i for i, b in enumerate(layers) if b.block_type == kind and i not in moving.moved]
+        kept_there = [index for index in stay if not layers[index].recompute]
+        assert not kept_there or max(places) < min(kept_there), "before those which keep theirs"
 
 
 def test_blocks_without_a_backward_pass_are_not_moved(monkeypatch):
-    monkeypatch.setattr(activations, "AHEAD", 2)
+    monkeypatch.setattr(activations, "BEHIND", 2)
     layers = [SimpleNamespace(block_type="moe", recompute=True) for _ in range(6)]
     model, moving = SimpleNamespace(model=SimpleNamespace(layers=layers)), Moving()
 

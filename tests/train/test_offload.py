@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nemo_ray.config.schema import AdapterSection
 from nemo_ray.model.batch import PackedBatch
@@ -18,8 +20,9 @@ from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.selftest import random_ids
 from nemo_ray.train import offload
 from nemo_ray.train.loss import bind_loss
-from nemo_ray.train.offload import AHEAD, LEAVING, HostActivations
+from nemo_ray.train.offload import HostActivations
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
+from tests.train import clocks
 
 PATTERN = "MEMEM*EMEMME*EE-ME"
 BATCH = PackedBatch.from_lengths(random_ids(128, (17, 23)), [[17, 23]])
@@ -152,6 +155,8 @@ def test_weights_stay_where_they_are() -> None:
 
 
 def test_memory_of_the_gpu_is_let_go_and_comes_back_ahead(streams: None, monkeypatch: Any) -> None:
+    monkeypatch.setattr(offload, "AHEAD", 4)
+    monkeypatch.setattr(offload, "BEHIND", 6)
     model, there = model_of(), dict[int, int]()
     moving = HostActivations(model, CPU)
     moving._stream = Stream()  # type: ignore[assignment]
@@ -169,20 +174,91 @@ def test_memory_of_the_gpu_is_let_go_and_comes_back_ahead(streams: None, monkeyp
             late.append(index)
         before(index)
         there[index] = len(held())
-        assert all(index - AHEAD <= one <= index for one in held())
+        assert all(index - 4 <= one <= index for one in held())
 
     moving._before_backward = noted  # type: ignore[method-assign]
-    let_go = moving._let_go
+    forward, most = moving._before_forward, [0]
 
-    def counted(on_their_way: int) -> None:
-        let_go(on_their_way)
-        assert len(held()) <= max(on_their_way, AHEAD + 1)
+    def counted(index: int) -> None:
+        forward(index)
+        assert all(one > index - 6 for one in held())
+        most[0] = max(most[0], len(held()))
 
-    moving._let_go = counted  # type: ignore[method-assign]
+    moving._before_forward = counted  # type: ignore[method-assign]
     passes(model)
     assert not held() and not moving._leaving
     assert late == [max(moving.moved)] or not late, "only the last one cannot be fetched ahead"
-    assert len(there) == len(PATTERN) and max(there.values()) <= AHEAD + 1 and LEAVING >= 1
+    assert len(there) == len(PATTERN) and 1 < max(there.values()) < len(moving.moved)
+    assert 1 < most[0] < len(moving.moved)
+
+
+class Order(TorchDispatchMode):
+    """Notes where compute and copies meet in an order that nothing holds them to."""
+
+    def __init__(self, moving: HostActivations) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.out: dict[int, clocks.Work] = {}
+        self.back: dict[int, clocks.Work] = {}
+        """Copies, by address on the GPU."""
+        self._moving, self._compute = moving, torch.cuda.current_stream()
+        self._computed = self._compute.work()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        stream = torch.cuda.current_stream()
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        addresses = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+        if stream is self._compute:
+            if not all(stream.is_after(self.back[one]) for one in addresses if one in self.back):
+                self.found.add("what is not back yet is used")
+            self._computed = stream.work()
+        elif func.name() == "aten::copy_":
+            if not stream.is_after(self._computed):
+                self.found.add("a copy before what it takes, or whose memory it takes, is done")
+            hosts = {host.data_ptr() for host in self._moving._hosts.values()}
+            copies, on_gpu = (self.out, addresses[1]) if addresses[0] in hosts else (self.back, addresses[0])
+            copies[on_gpu] = stream.work()
+        return func(*args, **(kwargs or {}))
+
+
+def race(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """What a few passes leave open."""
+    clocks.use_clocks(monkeypatch)
+    model = model_of()
+    moving = HostActivations(model, CPU)
+    moving._stream = clocks.Stream("copies")  # type: ignore[assignment]
+    moving.move(BLOCKS["experts"] + BLOCKS["mamba"])
+    order, let_go = Order(moving), moving._let_go
+
+    def noted(*args: Any) -> None:
+        leaving = [one.device.data_ptr() for _, _, saved in moving._leaving for one in saved]
+        let_go(*args)
+        left = {one.device.data_ptr() for _, _, saved in moving._leaving for one in saved}
+        gone = [address for address in leaving if address not in left]
+        if not all(torch.cuda.current_stream().is_after(order.out[address]) for address in gone):
+            order.found.add("memory is let go before it has been copied")
+
+    moving._let_go = noted  # type: ignore[method-assign]
+    with order:
+        for _ in range(2):
+            passes(model)
+    assert order.out and order.back
+    return order.found
+
+
+def test_copies_and_compute_are_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not race(monkeypatch)
+
+
+def test_an_order_that_is_left_open_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without either wait the test above would fail."""
+    with monkeypatch.context() as patch:
+        patch.setattr(clocks.Stream, "wait_event", lambda *_: None)
+        assert any("not back yet" in one for one in race(patch))
+        assert any("let go before" in one for one in race(patch))
+    with monkeypatch.context() as patch:
+        patch.setattr(clocks.Stream, "wait_stream", lambda *_: None)
+        assert any("a copy before" in one for one in race(patch))
 
 
 def test_a_pass_that_is_given_up_harms_none_after_it() -> None:
