@@ -236,7 +236,7 @@ def make_own_side(config: Config, device: torch.device, folder: Path) -> tuple[n
         compile_kernels(trainee, config.micro_batch_size, config.sequence_len)
     update, says = Update(trainee, config.train), ""
     if device.type == "cuda" and isinstance(config.gradient_checkpointing, str):
-        kept = update.keep_activations(config.sequence_len, config.gradient_checkpointing == "offload")
+        kept = update.keep_activations(config.sequence_len)
         says = f"; blocks that keep activations: {blocks(kept.on_gpu)}"
         says += f", on the host: {blocks(kept.on_host)}" if kept.on_host else ""
 

@@ -100,7 +100,7 @@ FOREIGN: tuple[Foreign, ...] = (
     ),
     notice(
         "activation_offloading",
-        "not used: gradient_checkpointing: offload moves to the host what does not fit on the GPU",
+        "not used: gradient_checkpointing: auto moves to the host what does not fit on the GPU",
     ),
     notice(
         "low_cpu_mem_usage qlora_sharded_model_loading mean_resizing_embeddings device_map device",

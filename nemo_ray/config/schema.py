@@ -74,13 +74,12 @@ class ModelSection(Section):
         "fine-tune) is kept in float32, and computes in the same precision as the rest.",
     )
     tf32: Bool = Field(False, description="Let float32 matrix products use TF32 on a GPU.")
-    gradient_checkpointing: Bool | Literal["auto", "offload"] = Field(
+    gradient_checkpointing: Bool | Literal["auto"] = Field(
         "auto",
         description="Recompute activations block by block in the backward pass (non-reentrant): `auto` in "
         "those blocks whose activations do not fit into the GPU's memory, which is measured at the start "
-        "(on a CPU in none), `true` in all, `false` in none. `offload`: as `auto`, but of those that do not "
-        "fit as many go to the host's memory as can be copied while others compute; not for what FSDP2 "
-        "shards.",
+        "(on a CPU in none), and of these as many keep theirs in the host's memory as can be copied while "
+        "others compute (none where FSDP2 shards); `true` in all, `false` in none.",
     )
 
 

@@ -211,6 +211,12 @@ def _fold_init(raw: Raw, found: Findings) -> None:
 
 
 def _fold_checkpointing(raw: Raw, found: Findings) -> None:
+    if raw["gradient_checkpointing"] == "offload":
+        found.notices.append(
+            "gradient_checkpointing: offload runs as auto: what does not fit on the GPU goes to the host's "
+            "memory, as far as there is time for it"
+        )
+        raw["gradient_checkpointing"] = "auto"
     if raw["gradient_checkpointing"] in ("unsloth", "offload_disk"):
         value = raw["gradient_checkpointing"]
         found.notices.append(

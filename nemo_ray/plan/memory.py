@@ -150,7 +150,7 @@ def _estimate(
         tokens = config.micro_batch_size * config.sequence_len
     kinds = block_types(model)
     backward = max(backward_width(model, kind) for kind in set(kinds))
-    asked = config.gradient_checkpointing  # auto, offload: keep more on a GPU, but only what is left
+    asked = config.gradient_checkpointing  # auto: keep more on a GPU, but only what is left
     if use_gpu if isinstance(asked, str) else asked:
         kept = (len(kinds) + 1) * model["hidden_size"] + max(kept_width(model, kind) for kind in set(kinds))
     else:

@@ -59,7 +59,7 @@ def keep_what_fits(
     untracked_bytes: int = 0,
 ) -> Kept:
     """Let as many blocks keep their activations as the GPU has memory for, or this process's share of it; of
-    the others `moving` moves as many as can be copied while the rest computes.
+    the others `moving`, if it is given, moves as many as can be copied while the rest computes.
 
     Called on every worker together, with gradients and optimizer states in place: what a step needs beside
     the activations is in use already. All workers choose what the fullest of them can hold.
@@ -82,8 +82,12 @@ def keep_what_fits(
 
     if moving is None:
         return Kept(keep_most(model, costs, limit, peak, device), {})
-    most = movable_bytes(device, forward)
-    return keep_or_move(model, costs, limit, peak, moving, most, first_reached(model))
+
+    def movable() -> int:
+        dist.all_reduce(torch.zeros((), device=device))  # workers of a host copy at the same time
+        return movable_bytes(device, forward)
+
+    return keep_or_move(model, costs, limit, peak, moving, movable, first_reached(model))
 
 
 def limit_bytes(device: torch.device, untracked_bytes: int) -> int:
@@ -128,11 +132,11 @@ def keep_or_move(
     limit: int,
     peak: Callable[[], int],
     moving: HostActivations,
-    most_bytes: int,
+    movable: Callable[[], int],
     first: int,
 ) -> Kept:
-    """As `keep_most`; and of what makes theirs again then, blocks of up to `most_bytes` are moved instead,
-    from block `first` on.
+    """As `keep_most`; and of what makes theirs again then, blocks of up to `movable()` bytes are moved
+    instead, from block `first` on.
 
     What is on its way lies on the GPU as well, and fewer may keep theirs there: it is chosen again, a few
     times, what to move. Blocks before those which keep theirs are moved: at the peak, when all of these are
@@ -141,6 +145,10 @@ def keep_or_move(
     device, layers = moving.device, model.model.layers
     kinds = [block.block_type for block in layers]
     room = limit - peak()
+    kept = keep_most(model, costs, limit, peak, device)
+    if not any(block.recompute for block in layers[first:]):
+        return Kept(kept, {})
+    most_bytes, blocks = movable(), set[int]()
 
     def choose(kept: Counts) -> set[int]:
         places = {kind: _places(kinds, kind, first)[: -kept[kind] or None] for kind in costs}
@@ -151,7 +159,7 @@ def keep_or_move(
             blocks = _spread(places, counts)
             if not blocks or _most_on_their_way(kinds, costs, blocks) <= room:
                 return _spread(places, _least(counts, device))
-            most = most * 3 // 4
+            most = most * 9 // 10
 
     def apply(blocks: set[int]) -> Counts:
         moving.move(blocks)
@@ -159,7 +167,6 @@ def keep_or_move(
             block.recompute = index not in blocks
         return keep_most(model, costs, limit, peak, device, blocks)
 
-    kept, blocks = keep_most(model, costs, limit, peak, device), set[int]()
     for _ in range(_CHOICES):
         chosen = choose(kept)
         if chosen == blocks:

@@ -25,11 +25,12 @@ from nemo_ray.host_memory import available_bytes
 from nemo_ray.train.reached import when_reached
 
 LEAST_BYTES = 2**24  # smaller tensors stay: they free little
-AHEAD = 8  # blocks whose backward passes hide the way back
-BEHIND = 12  # blocks whose forward passes hide the way out
+AHEAD = 12  # blocks whose backward passes hide the way back
+BEHIND = 16  # blocks whose forward passes hide the way out
 
 _PROBE_BYTES = 2**28
-_HIDDEN = 0.45  # of a forward pass: with 0.8 (Nano, one H200) blocks waited for as long as they saved
+_PROBES = 8  # workers of a host, which share its memory, do not begin at the same moment
+_HIDDEN = 0.45  # of a forward pass: with 0.7 (Nano, one H200) blocks waited for more than they saved
 
 
 @dataclass
@@ -208,8 +209,12 @@ def movable_bytes(device: torch.device, forward: Callable[[], torch.Tensor]) -> 
     def copy() -> object:
         return host.copy_(source, non_blocking=True)
 
+    def copy_some() -> None:
+        for _ in range(_PROBES):
+            copy()
+
     copy()
-    copy_s = _seconds(copy)
+    copy_s = _seconds(copy_some) / _PROBES
     began_s = time.perf_counter()
     forward()
     torch.cuda.synchronize()

@@ -80,14 +80,14 @@ class Update:
             self._recorder = CudaRecorder()
             self.graphs = GraphedPasses(trainee.model, trainee.parameters, trainee.device, self._recorder)
 
-    def keep_activations(self, sequence_len: int, offload: bool) -> Kept:
+    def keep_activations(self, sequence_len: int) -> Kept:
         """Let as many blocks keep their activations as fit beside packs of `sequence_len` tokens, and others
-        on the host where `offload`: but not what FSDP2 shards."""
+        on the host: but not of what FSDP2 shards."""
         if not self.trainee.optimizer.started:
             self.trainee.optimizer.start_states()
         loss = blank_loss(self.trainee, self.train.micro_batch_size, sequence_len)
         model, device = self.trainee.model.train(), self.trainee.device
-        moving = HostActivations(model, device) if offload and not self.trainee.parallel.sharded else None
+        moving = None if self.trainee.parallel.sharded else HostActivations(model, device)
         kept = keep_what_fits(model, device, loss, moving, self.trainee.parallel.untracked_bytes)
         self._zero_gradients()
         max_violation(model)  # of these passes, on tokens without meaning

@@ -164,8 +164,7 @@ def watched(
             pause_after=spec.pause_after,
         )
         if isinstance(config.gradient_checkpointing, str) and device.type == "cuda":
-            offload = config.gradient_checkpointing == "offload"
-            kept = trainer.update.keep_activations(config.sequence_len, offload)
+            kept = trainer.update.keep_activations(config.sequence_len)
             if rank == 0:
                 found = {"kept_activations": kept.on_gpu, "offloaded_activations": kept.on_host}
                 run.update_run(found)
@@ -290,7 +289,7 @@ def make_trainee(
     model, targets = build(model_config, config.adapter_config, precision, device)
     bind_loss(model)
     layout, factors_whole = choose_layout(config, base, device)
-    asked = config.gradient_checkpointing  # auto, offload: on a GPU all of them, until it is known what fits
+    asked = config.gradient_checkpointing  # auto: on a GPU all of them, until it is known what fits
     recompute = device.type == "cuda" if isinstance(asked, str) else asked
     parallel = parallelize(model, layout, device, recompute, factors_whole)
     source = None if config.reinit_weights else base

@@ -105,7 +105,7 @@ PROMISED: list[tuple[str, Any, int]] = [
     ("gradient_checkpointing", True, QUIET),
     ("gradient_checkpointing", "auto", QUIET),
     ("gradient_checkpointing", "unsloth", NOTICE),
-    ("gradient_checkpointing", "offload", QUIET),
+    ("gradient_checkpointing", "offload", NOTICE),
     ("gradient_checkpointing", "sometimes", REFUSED),
     ("gradient_checkpointing_kwargs", {"use_reentrant": False}, QUIET),
     ("gradient_checkpointing_kwargs", {"use_reentrant": True}, NOTICE),

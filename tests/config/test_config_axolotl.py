@@ -153,6 +153,7 @@ def test_adapter_none_is_a_full_fine_tune(world: Keys, value: str | None) -> Non
         ({"adam_eps": 1e-6}, {"adam_epsilon": 1e-6}),
         ({"max_grad_norm": 0.0}, {"max_grad_norm": None}),
         ({"gradient_checkpointing": "offload_disk"}, {"gradient_checkpointing": True}),
+        ({"gradient_checkpointing": "offload"}, {"gradient_checkpointing": "auto"}),
     ],
 )
 def test_folding(world: Keys, keys: Keys, expected: Keys) -> None:

@@ -33,7 +33,6 @@ WRONG: dict[str, list[Any]] = {
     "a fraction below 1, or a whole number of rows": [-1, 1.5, True, "x", float("nan"), float("inf")],
     "true or false": [1, 0, "sometimes", [True]],
     "true, false or auto": [1, "sometimes"],
-    "true, false, auto or offload": [1, "sometimes"],
     "text": [1, True, ["a"], ""],
     "text, or empty text": [1, True, ["a"]],
     "a map from a role to a list of its names": ["x", ["a"], {"a": 1}, {"a": [1]}],

@@ -15,8 +15,10 @@ from nemo_ray.config.schema import AdapterSection
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.selftest import random_ids
+from nemo_ray.train import offload
 from nemo_ray.train.frozen_shards import BUFFERS, FrozenShards
 from nemo_ray.train.loss import bind_loss
+from nemo_ray.train.offload import HostActivations
 from tests.group import group_of_one
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
 from tests.train.clocks import Races, Stream, use_clocks
@@ -140,14 +142,20 @@ def test_every_pass_fetches_the_same(in_turns, told, monkeypatch):
 
 @pytest.mark.usefixtures("one_worker")
 @pytest.mark.parametrize("in_turns", [False, True], ids=["rows", "blocks in turns"])
-def test_blocks_wait_for_their_weights_and_copies_for_the_blocks_before(in_turns, monkeypatch):
+@pytest.mark.parametrize("to_host", [False, True], ids=["all on the GPU", "activations on the host"])
+def test_blocks_wait_for_their_weights_and_copies_for_the_blocks_before(in_turns, to_host, monkeypatch):
     model, shards = spread(monkeypatch, in_turns)
+    monkeypatch.setattr(offload, "LEAST_BYTES", 2**10)
+    moving = HostActivations(model, CPU)
+    moving._stream = Stream("activations")
     buffers = {id(buffer): buffer.memory for buffer in shards._buffer_of if buffer is not None}
     races = Races(list(buffers.values()))
     shards._gather = races.writing(shards._gather, lambda weight: weight.gathered)
     for number in range(6):
         for index, block in enumerate(model.model.layers):
             block.recompute = (index + number) % 3 == 0
+        if to_host:
+            moving.move([i for i, block in enumerate(model.model.layers) if not block.recompute])
         with races:
             loss = model.target_log_probs(BATCH, BATCH.input_ids).sum()
             if number % 3:  # else what was fetched ahead is not used
@@ -156,6 +164,7 @@ def test_blocks_wait_for_their_weights_and_copies_for_the_blocks_before(in_turns
                 model.target_log_probs(BATCH, BATCH.input_ids)
     assert races.found == [] and races.reads > 100
     assert races.writers == {"copies"}
+    assert bool(moving.host_bytes) == to_host
 
 
 def units(
