@@ -8,8 +8,9 @@ table; `--out` writes all of it as JSON, each step's time and loss too.
     python benchmarks/train_step.py --model super --adapter qlora --documents natural lora_r=8
 
 - tokens/s are those of the median step; a step lasts from the end of the one before to its own end.
-- GPU busy is the time in which a kernel, copy or fill runs (overlaps count once), over that median step. The
-  kernels are those of two more steps under the profiler, which slows the host alone.
+- GPU busy is the time in which a kernel, copy or fill runs (overlaps count once; copies to or from the host
+  do not count where nothing else runs), over that median step. The kernels are those of two more steps under
+  the profiler, which slows the host alone.
 - kernels run on the GPU; launches are calls of the host, and a graph of many kernels is one.
 - FLOP: 2 for each weight that a token meets, forward, and 2 more for each gradient. A frozen base needs no
   gradients of its weights: 4 in all, where training all of it takes 6. Weights that a token does not meet
@@ -218,7 +219,8 @@ def run_side(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
         result["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
         result["profile"] = profile_steps(step, draw_steps(PROFILED_STEPS), folder)
-        result["gpu_busy"] = result["profile"]["busy_ms"] / step_ms
+        profile = result["profile"]
+        result["gpu_busy"] = (profile["busy_ms"] - profile["host_copies_alone_ms"]) / step_ms
     return result
 
 

@@ -9,11 +9,13 @@ from typing import Any
 # The first that matches names a kernel's class.
 CLASSES = {
     "communication": re.compile(r"nccl|Memcpy PtoP", re.I),
+    "host copies": re.compile(r"Memcpy (DtoH|HtoD)", re.I),
     "scan and conv": re.compile(r"conv1d|chunk_scan|chunk_state|chunk_cumsum|bmm_chunk|state_passing", re.I),
     "attention": re.compile(r"flash|fmha|attention", re.I),
     "matmul": re.compile(r"gemm|gemv|nvjet|cutlass|matmul|splitk|bmm|grouped_mm|add_factors", re.I),
     "other": re.compile(""),
 }
+BESIDE = ("communication", "host copies")  # what kernels can hide
 SYNCHRONIZATIONS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 NUM_KERNELS = 40  # that take the most time
 
@@ -37,7 +39,7 @@ def summarize(events: Iterable[Mapping[str, Any]], num_steps: int) -> dict[str, 
     them.
 
     `busy_ms` is the union of all kernels, copies and fills; the classes' times are sums.
-    `communication_alone_ms` is the part of it in which nothing but communication ran.
+    `communication_alone_ms` and `host_copies_alone_ms` are the parts of it in which nothing else ran.
     """
     device, host = [], []
     for event in events:
@@ -50,7 +52,8 @@ def summarize(events: Iterable[Mapping[str, Any]], num_steps: int) -> dict[str, 
     calls = [event["name"] for event in host if launches and launches[0] <= event["ts"] < launches[-1]]
     times, counts = defaultdict(float), defaultdict(int)
     classes = dict.fromkeys(CLASSES, 0.0)
-    everything, computing = [], []
+    everything: list[tuple[float, float]] = []
+    others: dict[str, list[tuple[float, float]]] = {kind: [] for kind in BESIDE}
     for event in device:
         kind = kernel_class(event["name"])
         classes[kind] += event["dur"] / 1e3 / num_steps
@@ -58,14 +61,17 @@ def summarize(events: Iterable[Mapping[str, Any]], num_steps: int) -> dict[str, 
         counts[event["name"], kind] += 1
         span = (event["ts"], event["ts"] + event["dur"])
         everything.append(span)
-        if kind != "communication":
-            computing.append(span)
+        for beside, spans in others.items():
+            if kind != beside:
+                spans.append(span)
     busy_us = union(everything)
+    alone_ms = {kind: (busy_us - union(spans)) / 1e3 / num_steps for kind, spans in others.items()}
     largest = sorted(times, key=times.__getitem__, reverse=True)[:NUM_KERNELS]
     return {
         "busy_ms": busy_us / 1e3 / num_steps,
         "class_ms": classes,
-        "communication_alone_ms": (busy_us - union(computing)) / 1e3 / num_steps,
+        "communication_alone_ms": alone_ms["communication"],
+        "host_copies_alone_ms": alone_ms["host copies"],
         "kernels": sum(event["cat"] == "kernel" for event in device) / num_steps,
         "launches": sum("Launch" in name for name in calls) / num_steps,
         "synchronizations": sum(name.startswith(SYNCHRONIZATIONS) for name in calls) / num_steps,

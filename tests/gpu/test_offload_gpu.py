@@ -72,6 +72,7 @@ def test_pinned_memory_is_copied_without_the_host():
 
 
 def test_less_is_held_between_the_passes(monkeypatch):
+    monkeypatch.setattr(offload, "BEHIND", 1)
     model, _ = trained(torch.bfloat16)
     found, micro = moving(model, monkeypatch), on_gpu(micro_batch(LAYOUTS[0], 0))
 

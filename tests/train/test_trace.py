@@ -26,7 +26,9 @@ def test_overlaps_count_once(spans):
         ("void causal_conv1d_channellast_fwd_kernel<Causal_conv1d_channellast_fwd", "scan and conv"),
         ("void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90", "attention"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add", "other"),
-        ("Memcpy DtoH (Device -> Pageable)", "other"),
+        ("Memcpy DtoH (Device -> Pageable)", "host copies"),
+        ("Memcpy HtoD (Pinned -> Device)", "host copies"),
+        ("Memcpy DtoD (Device -> Device)", "other"),
         ("Memcpy PtoP (Device -> Device)", "communication"),
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
     ],
@@ -66,8 +68,10 @@ def test_a_trace_is_summed_up():
         "scan and conv": 1.0,
         "attention": 0.0,
         "matmul": 2.0,
-        "other": 1.0,
+        "host copies": 0.5,
+        "other": 0.5,
     }
+    assert found["host_copies_alone_ms"] == 0.5
     assert (found["kernels"], found["launches"]) == (2.0, 1.5)
     assert (found["synchronizations"], found["copies_to_host"]) == (0.5, 0.5)
     assert found["largest"][0] == {"name": "nvjet_a", "class": "matmul", "ms": 2.0, "calls": 1.0}
@@ -83,4 +87,16 @@ def test_communication_counts_alone_where_nothing_else_runs():
     ]
     found = trace.summarize(events, num_steps=1)
     assert found["class_ms"]["communication"] == 3.0 and found["busy_ms"] == 5.0
-    assert found["communication_alone_ms"] == 1.5
+    assert found["communication_alone_ms"] == 1.5 and found["host_copies_alone_ms"] == 0.0
+
+
+def test_copies_to_the_host_count_alone_where_nothing_else_runs():
+    events = [
+        event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 0, 3000),
+        event("kernel", "nvjet_a", 1000, 1000),
+        event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 2500, 2500),
+        event("kernel", "fill", 9000, 1000),
+    ]
+    found = trace.summarize(events, num_steps=1)
+    assert found["class_ms"]["host copies"] == 5.5 and found["busy_ms"] == 5.0
+    assert found["host_copies_alone_ms"] == 4.0 and found["communication_alone_ms"] == 0.0

@@ -47,7 +47,11 @@ def test_a_recorded_profile_is_told_by_kind_of_kernel(tmp_path: Path) -> None:
     rows = page[page.index("Where a step") :]
     for kind, ms, share in (("communication", 20, 20), ("matmul", 60, 60), ("nothing runs", 25, 25)):
         assert f'<th scope="row">{kind}</th><td>{ms}.0</td><td>{share}.0%</td>' in rows, kind
-    assert "scan and conv" not in rows
+    assert "scan and conv" not in rows and "from the host" not in page
+    facts["class_ms"] = times | {"host copies": 30.0}
+    facts |= {"communication_alone_ms": 12.5, "host_copies_alone_ms": 2.5}
+    page = page_of(write_run(tmp_path / "moving", profile=facts))
+    assert "; 2.5 ms in which only copies to or from the host ran" in page
 
 
 def test_nothing_in_it_is_markup_of_others(tmp_path: Path) -> None:
