@@ -6,7 +6,9 @@ turn comes before its copies are done does anybody wait. Addresses on the host s
 step can be recorded as a CUDA graph.
 """
 
+import contextlib
 import itertools
+import logging
 import mmap
 import os
 import time
@@ -23,6 +25,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from nemo_ray.host_memory import available_bytes
 from nemo_ray.train.reached import when_reached
+
+_log = logging.getLogger(__name__)
 
 LEAST_BYTES = 2**24  # smaller tensors stay: they free little
 AHEAD = 12  # blocks whose backward passes hide the way back
@@ -71,6 +75,8 @@ class HostActivations:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._saved: dict[int, list[_Saved]] = {}
         self._hosts: dict[tuple[int, int], torch.Tensor] = {}
+        self._refused = False
+        """Whether the system gave no more of it: what comes then stays on the GPU."""
         self._leaving: deque[tuple[int, torch.cuda.Event | None, list[_Saved]]] = deque()
         """Blocks that are done, whose tensors are on their way out."""
         self._hooks: saved_tensors_hooks | None = None
@@ -86,6 +92,7 @@ class HostActivations:
         """From the next pass on, move what these blocks save, which must not be made again."""
         self._let_go()
         self._saved.clear()
+        self._refused = False
         self.moved = frozenset(blocks)
         weights = itertools.chain(self._model.parameters(), self._model.buffers())
         self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
@@ -130,17 +137,32 @@ class HostActivations:
         found = next((one for one in self._saved[index] if _address(one) == storage.data_ptr()), None)
         if found is None:
             found = self._send(index, storage)
+        if found is None:
+            return tensor.detach()
         found.uses += 1
         return _View(found, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
 
-    def _send(self, index: int, storage: torch.UntypedStorage) -> _Saved:
+    def _send(self, index: int, storage: torch.UntypedStorage) -> _Saved | None:
         saved, key = self._saved[index], (index, len(self._saved[index]))
         memory = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
-        if key not in self._hosts or self._hosts[key].numel() != memory.numel():
-            self._hosts[key] = pinned(memory.numel(), self.device)
-        self._copy(self._hosts[key], memory)
-        saved.append(_Saved(self._passes, self._hosts[key], memory))
+        host = self._hosts.get(key)
+        if host is None or host.numel() != memory.numel():
+            host = self._take(key, memory.numel())
+        if host is None:
+            return None
+        self._copy(host, memory)
+        saved.append(_Saved(self._passes, host, memory))
         return saved[-1]
+
+    def _take(self, key: tuple[int, int], num_bytes: int) -> torch.Tensor | None:
+        self._hosts.pop(key, None)
+        try:
+            if not self._refused:
+                self._hosts[key] = pinned(num_bytes, self.device)
+        except RuntimeError as error:
+            self._refused = True
+            _log.warning("%s: activations stay on the GPU", error)
+        return self._hosts.get(key)
 
     def _let_go(self, last: int | None = None) -> None:
         """Give back the GPU's memory of the blocks up to `last`, all where it is None, when it has been
@@ -204,7 +226,12 @@ def movable_bytes(device: torch.device, forward: Callable[[], torch.Tensor]) -> 
     Args:
         forward: of a batch of the size that will train; called before, so that nothing is made at first now.
     """
-    host, source = pinned(_PROBE_BYTES, device), torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=device)
+    try:
+        host = pinned(_PROBE_BYTES, device)
+    except RuntimeError as error:
+        _log.warning("%s: activations do not go there", error)
+        return 0
+    source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=device)
 
     def copy() -> object:
         return host.copy_(source, non_blocking=True)
@@ -240,13 +267,19 @@ def _seconds(work: Callable[[], object]) -> float:
 def pinned(num_bytes: int, device: torch.device) -> torch.Tensor:
     """Bytes of host memory that the GPU reads and writes by itself, exactly so many: torch's own allocator
     rounds up to powers of two. Raises: RuntimeError where the system does not give it."""
+    refusal = f"no {num_bytes:,} bytes of pinned host memory for activations"
     try:
         pages = mmap.mmap(-1, num_bytes)  # of its own
     except OSError as error:
-        raise RuntimeError(f"no {num_bytes:,} bytes of host memory for activations: {error}") from error
+        raise RuntimeError(f"{refusal}: {error}") from error
     memory = torch.frombuffer(pages, dtype=torch.uint8)
     if device.type == "cuda":
         cudart, address = torch.cuda.cudart(), memory.data_ptr()
-        torch.cuda.check_error(cudart.cudaHostRegister(address, num_bytes, 0))
+        try:
+            torch.cuda.check_error(cudart.cudaHostRegister(address, num_bytes, 0))
+        except RuntimeError as error:
+            with contextlib.suppress(RuntimeError):  # else the launch of the next kernel finds that error
+                torch.zeros((), device=device)
+            raise RuntimeError(f"{refusal}: {error}") from error
         weakref.finalize(memory, cudart.cudaHostUnregister, address).atexit = False
     return memory

@@ -20,7 +20,7 @@ from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.selftest import random_ids
 from nemo_ray.train import offload
 from nemo_ray.train.loss import bind_loss
-from nemo_ray.train.offload import HostActivations
+from nemo_ray.train.offload import HostActivations, pinned
 from tests.model.shapes import ALL_TARGETS, CPU, tiny_config
 from tests.train import clocks
 
@@ -314,6 +314,31 @@ def test_memory_of_blocks_that_stay_is_given_back() -> None:
     passes(model)
     gc.collect()
     assert hosts and not any(host() is not None for host in hosts)
+
+
+def test_what_the_host_has_no_memory_for_stays_on_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of()
+    wanted, taken = passes(model), list[int]()
+    moving = HostActivations(model, CPU)
+    moving.move(BLOCKS["experts"])
+    given = pinned
+
+    def few(num_bytes: int, device: torch.device) -> torch.Tensor:
+        taken.append(num_bytes)
+        if len(taken) > 3:
+            raise RuntimeError(f"no {num_bytes} bytes")
+        return given(num_bytes, device)
+
+    monkeypatch.setattr(offload, "pinned", few)
+    for _ in range(2):
+        assert_equal(passes(model), wanted)
+    assert len(taken) == 4 and moving.host_bytes == sum(taken[:3])
+    assert [record.message for record in caplog.records] == [
+        f"no {taken[3]} bytes: activations stay on the GPU"
+    ]
+    assert offload.movable_bytes(CPU, lambda: torch.zeros(())) == 0
 
 
 def test_two_passes_at_a_time_are_refused() -> None:
