@@ -1,15 +1,23 @@
-"""How much memory this machine, or the container that we are in, has left."""
+"""How much memory this machine, or the container or job that we are in, has left."""
 
 from pathlib import Path
 
 _MEMINFO = Path("/proc/meminfo")
+_OURS = Path("/proc/self/cgroup")
 _CGROUP = Path("/sys/fs/cgroup")
+
+# The files of a group: what it may take, what it has taken, and what of that is given back when it is needed
+# (files that are in memory, and have not been read lately).
+_V2 = ("memory.max", "memory.current", "inactive_file")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def available_bytes() -> int | None:
     """What may be taken without anything being swapped or killed; None where that cannot be told."""
-    found = [left for left in (_of_the_machine(), _of_the_container()) if left is not None]
-    return min(found, default=None)
+    found = [_of_the_machine()]
+    for group, (most, used, inactive) in _groups():
+        found += [_of_a_group(above, most, used, inactive) for above in (group, *group.parents)]
+    return min((left for left in found if left is not None), default=None)
 
 
 def _of_the_machine() -> int | None:
@@ -20,13 +28,28 @@ def _of_the_machine() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _of_the_container() -> int | None:
-    """By cgroup v2, as Kubernetes counts: what files hold there in memory is given back, if it was not read
-    lately."""
+def _groups() -> list[tuple[Path, tuple[str, str, str]]]:
+    """This process's control group, as Kubernetes and Slurm limit its memory; within a container it may be
+    seen as the uppermost one, which is always told."""
+    found = [(_CGROUP, _V2), (_CGROUP / "memory", _V1)]
     try:
-        most, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        taken = int(used) - int(stat["inactive_file"])
-        return None if most == "max" else max(0, int(most) - taken)
+        lines = _OURS.read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            found.append((_CGROUP / path.lstrip("/"), _V2))
+        elif "memory" in controllers.split(","):
+            found.append((_CGROUP / "memory" / path.lstrip("/"), _V1))
+    return found
+
+
+def _of_a_group(group: Path, most: str, used: str, inactive: str) -> int | None:
+    try:
+        limit = (group / most).read_text().strip()
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        taken = int((group / used).read_text()) - int(stat[inactive])
+        return None if limit == "max" else max(0, int(limit) - taken)
     except (OSError, ValueError, KeyError):
         return None

@@ -83,9 +83,9 @@ def keep_what_fits(
     if moving is None:
         return Kept(keep_most(model, costs, limit, peak, device), {})
 
-    def movable() -> int:
+    def movable(wanted: int) -> int:
         dist.all_reduce(torch.zeros((), device=device))  # workers of a host copy at the same time
-        return movable_bytes(device, forward)
+        return movable_bytes(device, forward, wanted)
 
     return keep_or_move(model, costs, limit, peak, moving, movable, first_reached(model))
 
@@ -132,10 +132,10 @@ def keep_or_move(
     limit: int,
     peak: Callable[[], int],
     moving: HostActivations,
-    movable: Callable[[], int],
+    movable: Callable[[int], int],
     first: int,
 ) -> Kept:
-    """As `keep_most`; and of what makes theirs again then, blocks of up to `movable()` bytes are moved
+    """As `keep_most`; and of what makes theirs again then, blocks of up to `movable(bytes)` are moved
     instead, from block `first` on.
 
     What is on its way lies on the GPU as well, and fewer may keep theirs there: it is chosen again, a few
@@ -148,9 +148,9 @@ def keep_or_move(
     kept = keep_most(model, costs, limit, peak, device)
     if not any(block.recompute for block in layers[first:]):
         return Kept(kept, {})
-    most_bytes, blocks = movable(), set[int]()
+    most_bytes, blocks = movable(sum(costs[kind] for kind in kinds[first:])), set[int]()
 
-    def choose(kept: Counts) -> set[int]:
+    def choose() -> set[int]:
         places = {kind: _places(kinds, kind, first)[: -kept[kind] or None] for kind in costs}
         left = [kind for kind in costs for _ in places[kind]]
         most = most_bytes
@@ -168,10 +168,14 @@ def keep_or_move(
         return keep_most(model, costs, limit, peak, device, blocks)
 
     for _ in range(_CHOICES):
-        chosen = choose(kept)
+        chosen = choose()
         if chosen == blocks:
             break
         blocks = chosen
+        kept = apply(blocks)
+    while blocks and _lowest(limit - peak(), device) < 0:
+        most_bytes //= 2
+        blocks = choose()
         kept = apply(blocks)
     return Kept(kept, dict(Counter(kinds[index] for index in sorted(blocks))))
 
@@ -192,6 +196,13 @@ def _least(counts: Counts, device: torch.device) -> Counts:
     least = torch.tensor([counts.get(kind, 0) for kind in KINDS], device=device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return {kind: count for kind, count in zip(KINDS, least.tolist(), strict=True) if count}
+
+
+def _lowest(value: int, device: torch.device) -> int:
+    """Of all workers."""
+    lowest = torch.tensor(value, device=device)
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    return int(lowest)
 
 
 def _spread(places: Mapping[str, Sequence[int]], counts: Mapping[str, int]) -> set[int]:

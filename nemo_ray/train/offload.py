@@ -219,18 +219,18 @@ def _address(saved: _Saved) -> int:
     return saved.device.data_ptr()
 
 
-def movable_bytes(device: torch.device, forward: Callable[[], torch.Tensor]) -> int:
-    """How much can be copied to the host while a forward pass computes, and lie there: of what memory it has
-    left half, shared with the other workers of this host.
+def movable_bytes(device: torch.device, forward: Callable[[], torch.Tensor], wanted: int) -> int:
+    """How much of `wanted` bytes can be copied to the host while a forward pass computes, and lie there: of
+    what memory it has left half, shared with the other workers of this host.
 
     Args:
         forward: of a batch of the size that will train; called before, so that nothing is made at first now.
     """
-    try:
-        host = pinned(_PROBE_BYTES, device)
-    except RuntimeError as error:
-        _log.warning("%s: activations do not go there", error)
+    if _largest_pinned(_PROBE_BYTES, device) < _PROBE_BYTES:
+        for _ in range(2):  # passes as on the other workers, which may need this one's part in them
+            forward()
         return 0
+    host = pinned(_PROBE_BYTES, device)
     source = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device=device)
 
     def copy() -> object:
@@ -251,7 +251,19 @@ def movable_bytes(device: torch.device, forward: Callable[[], torch.Tensor]) -> 
         copy()
     forward_s = _seconds(forward)
     held = (available_bytes() or 0) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(held, int(_HIDDEN * forward_s / copy_s * _PROBE_BYTES))
+    return _largest_pinned(min(wanted, held, int(_HIDDEN * forward_s / copy_s * _PROBE_BYTES)), device)
+
+
+def _largest_pinned(num_bytes: int, device: torch.device) -> int:
+    """So many bytes, or half of them, and so on, as the system does give: some pin less than they have."""
+    while num_bytes >= LEAST_BYTES:
+        try:
+            pinned(num_bytes, device)
+            return num_bytes
+        except RuntimeError as error:
+            _log.warning("%s", error)
+            num_bytes //= 2
+    return 0
 
 
 def _seconds(work: Callable[[], object]) -> float:

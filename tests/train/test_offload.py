@@ -143,14 +143,17 @@ def test_weights_stay_where_they_are() -> None:
     moving = HostActivations(model, CPU)
     moving.move(BLOCKS["all"])
     sent: list[int] = []
+    of_blocks: list[tuple[int, int]] = []
     send = moving._send
 
     def noted(index: int, storage: torch.UntypedStorage) -> Any:
         sent.append(storage.data_ptr())
+        of_blocks.append((index, storage.data_ptr()))
         return send(index, storage)
 
     moving._send = noted  # type: ignore[method-assign]
     assert_equal(passes(model), wanted)
+    assert len(set(of_blocks)) == len(of_blocks), "what a block saves twice is sent once"
     assert sent and not {p.untyped_storage().data_ptr() for p in model.parameters()} & set(sent)
 
 
@@ -291,15 +294,16 @@ def test_batches_of_other_sizes_take_other_memory() -> None:
     assert_equal(passes(model), passes(model))
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ()], ids=["attention", "none of linear layers"])
-def test_blocks_that_save_nothing_take_no_part(targets: tuple[str, ...], streams: None) -> None:
-    """Those before all adapters have no backward pass, and small tensors stay."""
-    model = model_of(lora_target_modules=targets)
+def test_blocks_that_save_nothing_take_no_part(streams: None) -> None:
+    """Those before all adapters have no backward pass."""
+    few = {"lora_target_modules": ("q_proj", "v_proj"), "lora_target_parameters": ()}
+    model = model_of(lora_target_linear=False, **few)
     wanted = passes(model)
     moving = HostActivations(model, CPU)
     moving._stream = Stream()  # type: ignore[assignment]
     moving.move(BLOCKS["all"])
     found = passes(model)
+    assert moving._saved[0] == [] and moving._saved[PATTERN.index("*")] != []
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert all(torch.equal(value, wanted[name]) for name, value in passes(model).items())
 
@@ -338,7 +342,32 @@ def test_what_the_host_has_no_memory_for_stays_on_the_gpu(
     assert [record.message for record in caplog.records] == [
         f"no {taken[3]} bytes: activations stay on the GPU"
     ]
-    assert offload.movable_bytes(CPU, lambda: torch.zeros(())) == 0
+
+
+def test_no_more_is_to_be_moved_than_the_system_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = pinned
+
+    def at_most(num_bytes: int, device: torch.device) -> torch.Tensor:
+        if num_bytes > 3 * LARGE:
+            raise RuntimeError("no")
+        return given(num_bytes, device)
+
+    monkeypatch.setattr(offload, "pinned", at_most)
+    assert offload._largest_pinned(3 * LARGE, CPU) == 3 * LARGE
+    assert offload._largest_pinned(16 * LARGE, CPU) == 2 * LARGE
+    assert offload._largest_pinned(LARGE - 1, CPU) == 0
+
+
+def test_a_worker_that_may_pin_nothing_makes_the_same_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of a spread base need all workers."""
+    monkeypatch.setattr(offload, "_largest_pinned", lambda num_bytes, device: 0)
+    made: list[int] = []
+
+    def forward() -> torch.Tensor:
+        made.append(1)
+        return torch.zeros(())
+
+    assert offload.movable_bytes(CPU, forward, 2**60) == 0 and len(made) == 2
 
 
 def test_two_passes_at_a_time_are_refused() -> None:
@@ -395,8 +424,10 @@ def test_what_can_be_moved_is_told_by_the_time_of_the_gpu(launch_s: float, monke
     monkeypatch.setattr(offload.time, "perf_counter", lambda: clock.host)
     monkeypatch.setattr(offload, "pinned", lambda num_bytes, device: Host())
     monkeypatch.setattr(offload, "available_bytes", lambda: 2**60)
-    copied = offload.movable_bytes(CPU, forward) / offload._PROBE_BYTES
+    monkeypatch.setattr(offload, "_largest_pinned", lambda num_bytes, device: num_bytes)
+    copied = offload.movable_bytes(CPU, forward, 2**60) / offload._PROBE_BYTES
     assert copied == pytest.approx(offload._HIDDEN * KERNELS * KERNEL_S / COPY_S, rel=0.05)
     monkeypatch.setattr(offload, "available_bytes", lambda: 2 * offload._PROBE_BYTES)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert offload.movable_bytes(CPU, forward) == offload._PROBE_BYTES // 2
+    assert offload.movable_bytes(CPU, forward, 2**60) == offload._PROBE_BYTES // 2
+    assert offload.movable_bytes(CPU, forward, 1000) == 1000
