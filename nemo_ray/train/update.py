@@ -88,7 +88,8 @@ class Update:
         loss = blank_loss(self.trainee, self.train.micro_batch_size, sequence_len)
         model, device = self.trainee.model.train(), self.trainee.device
         moving = None if self.trainee.parallel.sharded else HostActivations(model, device)
-        with torch.random.fork_rng([device]):  # how many passes it takes is a matter of memory and speed
+        # How many passes that takes is a matter of memory and speed: they change no random number after them.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             kept = keep_what_fits(model, device, loss, moving, self.trainee.parallel.untracked_bytes)
         self._zero_gradients()
         max_violation(model)  # of these passes, on tokens without meaning
