@@ -16,7 +16,8 @@ def available_bytes() -> int | None:
     """What may be taken without anything being swapped or killed; None where that cannot be told."""
     found = [_of_the_machine()]
     for group, (most, used, inactive) in _groups():
-        found += [_of_a_group(above, most, used, inactive) for above in (group, *group.parents)]
+        around = [above for above in (group, *group.parents) if above.is_relative_to(_CGROUP)]
+        found += [_of_a_group(above, most, used, inactive) for above in around]
     return min((left for left in found if left is not None), default=None)
 
 

@@ -20,8 +20,6 @@ from nemo_ray.train.reached import first_reached
 # Kinds of blocks, those first whose recomputation takes the most GPU time for the memory that it saves.
 KINDS = ("moe", "linear_attention", "full_attention", "mlp")
 SPARE_BYTES = 2**31  # for holes between tensors, and for what uses the GPU beside training
-
-
 _CHOICES = 5
 Counts = dict[str, int]
 """Of blocks, by kind."""
@@ -156,8 +154,8 @@ def keep_or_move(
         most = most_bytes
         while True:
             counts = choose_kept(costs, left, most)
-            blocks = _spread(places, counts)
-            if not blocks or _most_on_their_way(kinds, costs, blocks) <= room:
+            mine = _spread(places, counts)
+            if not mine or _most_on_their_way(kinds, costs, mine) <= room:
                 return _spread(places, _least(counts, device))
             most = most * 9 // 10
 

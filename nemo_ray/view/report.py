@@ -128,7 +128,7 @@ def _profile(facts: Mapping[str, Any]) -> str:
     words = f"{step_ms:.0f} ms a step, of {plural(facts['steps'], 'step')} from step {facts['first_step']}"
     if facts["class_ms"]["communication"] > 0:
         words += f"; {facts['communication_alone_ms']:.1f} ms in which only communication ran"
-    if facts["class_ms"].get("host copies", 0.0) > 0:
+    if facts.get("host_copies_alone_ms", 0.0) >= 0.05:  # every run copies its figures
         words += f"; {facts['host_copies_alone_ms']:.1f} ms in which only copies to or from the host ran"
     return section("Where a step's time goes", soft(words) + table(["kind", "ms", "of a step"], rows))
 
