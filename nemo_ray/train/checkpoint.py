@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from nemo_ray.errors import CheckpointError, NemoRayError
 from nemo_ray.run_dir import STATE_NAME, RunDir
@@ -26,6 +25,7 @@ from nemo_ray.storage import join, read_json
 from nemo_ray.train.best import steps_to_delete
 from nemo_ray.train.checkpoint_files import Reader, Writer
 from nemo_ray.train.optim import AdamW, AdamW8bit
+from nemo_ray.train.staging import HostCopies
 from nemo_ray.urls import is_url
 
 FULL_DISK_BYTES = 16 * 2**20
@@ -55,8 +55,9 @@ def _tensors(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> di
 class Checkpointer:
     """Writes checkpoints of one run, one at a time, while training goes on; every rank has one.
 
-    `start` copies what is saved to the CPU and returns. The rest, until the checkpoint has its name, happens
-    in a thread with a process group of its own. `keep`: how many checkpoints stay.
+    `start` begins to copy what is saved to the CPU, and returns; what changes it on a GPU must come after
+    `hold_changes`. The rest, until the checkpoint has its name, happens in a thread with a process group of
+    its own. `keep`: how many checkpoints stay.
     """
 
     def __init__(
@@ -65,8 +66,7 @@ class Checkpointer:
         self._run, self._parameters, self._optimizer, self._keep = run, parameters, optimizer, keep
         self._group = dist.new_group(backend="gloo")
         on_gpu = any(parameter.is_cuda for parameter in parameters.values())
-        # Pinned memory that serves every checkpoint. torch 2.11's DefaultStager can be used once only.
-        self._stager = BlockingAsyncStager(cache_staged_state_dict=on_gpu)
+        self._copies = HostCopies(on_gpu)
         self._on_the_way: tuple[int, Future[Any]] | None = None
 
     def start(self, state: TrainState, best: int | None = None) -> None:
@@ -87,15 +87,19 @@ class Checkpointer:
                     run.remove_checkpoint(old)
 
         aside, token = run.checkpoint_aside(step), run.checkpoint_token
-        writer = Writer(aside, dist.get_rank(), asdict(state), publish, token)
+        writer = Writer(aside, dist.get_rank(), asdict(state), self._copies.wait, publish, token)
         future = dcp.async_save(
             {**_tensors(self._parameters, self._optimizer), **_random_states()},
             storage_writer=writer,
             process_group=self._group,
-            async_stager=self._stager,
+            async_stager=self._copies,
         )
         assert isinstance(future, Future)
         self._on_the_way = (step, future)
+
+    def hold_changes(self) -> None:
+        """What the current stream does from here on may change what is saved."""
+        self._copies.hold_changes()
 
     def check(self) -> None:
         """Raises: CheckpointError where the one on its way failed."""

@@ -93,6 +93,7 @@ class Writer(StorageWriter):
     Args:
         folder: path of a folder that rank 0 makes, or URL where the checkpoint is to lie.
         state: what state.json holds besides "files".
+        wait: returns when the values of this worker's tensors are there.
         publish: takes the content of state.json when all the rest is written, and publishes the checkpoint.
         token: part of the names; on a store, of one start of the workers only.
     """
@@ -102,10 +103,12 @@ class Writer(StorageWriter):
         folder: Path | str,
         rank: int,
         state: Mapping[str, Any],
+        wait: Callable[[], None],
         publish: Callable[[dict[str, Any]], None],
         token: str = "",
     ) -> None:
-        self.folder, self.rank, self.state, self._publish = str(folder), rank, dict(state), publish
+        self.folder, self.rank, self.state = str(folder), rank, dict(state)
+        self._wait, self._publish = wait, publish
         self._token = f".{token}" if token else ""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -114,6 +117,7 @@ class Writer(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this worker's parts into one file."""
+        self._wait()
         if not plan.items:
             return _done([])
         parts = {item.index: planner.resolve_data(item) for item in plan.items}

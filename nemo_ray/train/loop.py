@@ -63,9 +63,9 @@ class Trainer:
         self.reclaimed, self.top_tokens_per_s = reclaimed, top_tokens_per_s
         self.trainee, self.train, self.plan, self.run_dir, self.report = trainee, train, plan, run, report
         self.state, self.repair, self.watchdog = state, repair, watchdog
-        self.update = Update(trainee, train)
-        self.evaluator = Evaluator(trainee, plan, train.micro_batch_size, watchdog, repair)
         self.checkpointer = Checkpointer(run, trainee.parameters, trainee.optimizer, train.save_total_limit)
+        self.update = Update(trainee, train, before_change=self.checkpointer.hold_changes)
+        self.evaluator = Evaluator(trainee, plan, train.micro_batch_size, watchdog, repair)
         self.best = Best(train)
         self.stopped_early: dict[str, int] | None = None
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()

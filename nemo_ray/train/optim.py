@@ -91,7 +91,7 @@ class AdamW8bit:
         self.named = dict(parameters)
         self._prefix = f"worker{rank}of{world_size}"
         # It knows no sharded tensors: give it the local parts, which share the parameters' memory.
-        self._parts = {name: nn.Parameter(_local(p.detach())) for name, p in self.named.items()}
+        self._parts = {name: nn.Parameter(local_part(p.detach())) for name, p in self.named.items()}
         optim = bitsandbytes().optim
         self._inner = optim.AdamW8bit(
             [part for part in self._parts.values() if part.numel()], **_settings(train)
@@ -110,7 +110,7 @@ class AdamW8bit:
             return
         for name, part in self._parts.items():
             gradient = self.named[name].grad
-            part.grad = None if gradient is None else _local(gradient)
+            part.grad = None if gradient is None else local_part(gradient)
         self._inner.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -145,8 +145,9 @@ class AdamW8bit:
                     self._inner.state[part][key] = states[f"{self._prefix}/{name}/{key}"]
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor lies on this worker, in the same memory."""
+    return tensor.tolocal_part() if isinstance(tensor, DTensor) else tensor
 
 
 def learning_rate(train: TrainSection, step: int, before: float, after: float) -> float:

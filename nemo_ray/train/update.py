@@ -71,8 +71,11 @@ def recordable(trainee: Trainee) -> bool:
 class Update:
     """The steps of one `Trainee`, whose packs are all of one length."""
 
-    def __init__(self, trainee: Trainee, train: TrainSection) -> None:
-        self.trainee, self.train = trainee, train
+    def __init__(
+        self, trainee: Trainee, train: TrainSection, before_change: Callable[[], None] = lambda: None
+    ) -> None:
+        """`before_change` is called before the optimizer changes a weight or a state of its own."""
+        self.trainee, self.train, self._before_change = trainee, train, before_change
         trainee.parallel.hold_gradients(trainee.parameters.values())
         self.graphs: GraphedPasses | None = None
         self._recorder: CudaRecorder | None = None
@@ -118,6 +121,7 @@ class Update:
         for group in trainee.optimizer.param_groups:
             group["lr"] = rate
         finite = torch.isfinite(loss_sum) & torch.isfinite(grad_norm)
+        self._before_change()
         trainee.optimizer.step_unless((~finite).float())
         self._zero_gradients()
         return loss_sum, grad_norm

@@ -69,7 +69,7 @@ def save(folder: str, tensors: dict[str, torch.Tensor], token: str = "1-a", publ
         if publish:
             publish_json(join(folder, STATE_NAME), content)
 
-    writer = Writer(folder, dist.get_rank(), {"step": 3}, write_state, token)
+    writer = Writer(folder, dist.get_rank(), {"step": 3}, lambda: None, write_state, token)
     dcp.async_save(tensors, storage_writer=writer).result(LIMIT_S)
 
 
