@@ -32,6 +32,10 @@ class CheckpointError(NemoRayError):
     """A base model, adapter or training checkpoint cannot be read or written."""
 
 
+class DiskError(NemoRayError):
+    """A disk has no room left."""
+
+
 class NonFiniteError(NemoRayError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 

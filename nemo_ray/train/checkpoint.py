@@ -7,7 +7,6 @@ name last. What the files are like is checkpoint_files.py's.
 
 import contextlib
 import re
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
@@ -24,11 +23,11 @@ from nemo_ray.run_dir import STATE_NAME, RunDir
 from nemo_ray.storage import join, read_json
 from nemo_ray.train.best import steps_to_delete
 from nemo_ray.train.checkpoint_files import Reader, Writer
+from nemo_ray.train.full_disk import free_bytes
 from nemo_ray.train.optim import AdamW, AdamW8bit
 from nemo_ray.train.staging import HostCopies
 from nemo_ray.urls import is_url
 
-FULL_DISK_BYTES = 16 * 2**20
 Optimizer = AdamW | AdamW8bit
 _OPTIMIZER = "optimizer/"
 _BY_WORKER = re.compile(rf"{_OPTIMIZER}worker\d+of(\d+)/")  # states that each worker has of its own
@@ -120,9 +119,9 @@ class Checkpointer:
         except (OSError, dcp.api.CheckpointException) as error:
             self._run.check_attempt()
             place, cause = self._run.checkpoint_place(step), _cause(error)
-            free_bytes = None if is_url(place) else shutil.disk_usage(Path(place).parent).free
-            if free_bytes is not None and free_bytes < FULL_DISK_BYTES:
-                cause = f"the disk is full ({free_bytes / 2**20:.1f} MiB free)"
+            free = None if is_url(place) else free_bytes(str(Path(place).parent))
+            if free is not None:
+                cause = f"the disk is full ({free / 2**20:.1f} MiB free)"
             if dist.get_rank() == 0:
                 with contextlib.suppress(OSError, NemoRayError):  # the first error is the one to tell
                     self._run.discard_checkpoint(step)

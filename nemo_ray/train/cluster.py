@@ -19,7 +19,7 @@ from nemo_ray.errors import ClusterError
 from nemo_ray.failures import first_failure, is_final, is_lost_worker, one_line, root_cause
 from nemo_ray.run_dir import RunDir
 from nemo_ray.stored_run import StoredRunDir
-from nemo_ray.train import run_service
+from nemo_ray.train import full_disk, run_service
 from nemo_ray.train.driver import Driver
 from nemo_ray.train.driver_lock import only_while_held
 from nemo_ray.train.logs import LEVEL_VARIABLE
@@ -213,11 +213,12 @@ def _run_worker(told: Mapping[str, Any]) -> Any:
 def _work(told: Mapping[str, Any], run: RunDir) -> Any:
     """Ray cuts long tracebacks: the whole one goes to error.log."""
     try:
-        if told["worker"] is not None:
-            return told["worker"](told["loop_config"])
-        from nemo_ray.train.worker import WorkerSpec, train_worker
+        with full_disk.told(told["output_dir"]):
+            if told["worker"] is not None:
+                return told["worker"](told["loop_config"])
+            from nemo_ray.train.worker import WorkerSpec, train_worker
 
-        return train_worker({"spec": WorkerSpec(**told["loop_config"])})
+            return train_worker({"spec": WorkerSpec(**told["loop_config"])})
     except BaseException:
         import ray.train
 

@@ -34,11 +34,11 @@ from nemo_ray.plan import estimate_memory
 from nemo_ray.run_dir import RunDir
 from nemo_ray.stored_run import StoredRunDir, open_run
 from nemo_ray.targets import expert_paths, find_targets, linear_paths, read_shape
-from nemo_ray.train import cluster, outputs, resources, summary
+from nemo_ray.train import cluster, full_disk, outputs, resources, summary
 from nemo_ray.train.background import Background
 from nemo_ray.train.best import check_metric
 from nemo_ray.train.driver_lock import DriverLock
-from nemo_ray.train.fit import check_fit
+from nemo_ray.train.fit import check_fit, check_fits_here
 from nemo_ray.train.interrupts import EXIT_CODE as INTERRUPTED
 from nemo_ray.train.interrupts import Interrupts
 from nemo_ray.train.progress import ProgressDisplay
@@ -132,7 +132,8 @@ class Launch:
         code = 1
         with self.interrupts:
             try:
-                code = self._run()
+                with full_disk.told(self.run_dir.place):
+                    code = self._run()
             except KeyboardInterrupt:
                 code = INTERRUPTED
                 newest = self._newest_checkpoint() if self.begun else None
@@ -190,7 +191,10 @@ class Launch:
         run.push()
         if self.interrupts.count or self.stopped:
             newest = self._newest_checkpoint()
-            self.say(f"stopped; go on with resume_from_checkpoint=auto (newest checkpoint: {newest})")
+            if newest is None:
+                self.say("stopped; there is no checkpoint to go on from")
+            else:
+                self.say(f"stopped; go on with resume_from_checkpoint=auto (newest checkpoint: {newest})")
             return INTERRUPTED
         self.console.print()
         summary.print_completions(self.console, run)
@@ -202,6 +206,8 @@ class Launch:
         section = self.config.ray
         if address is None:
             wanted = resources.demand(self.config, resources.gpus_here(os.environ))
+            if not self.force:
+                check_fits_here(self.config, shape, wanted)
             session.start_local(resources.local_cpus(wanted), self.environment, verbose=self.verbose)
             nodes = session.nodes()
             beside = resources.place(wanted, nodes, section.accelerator_type)

@@ -5,6 +5,7 @@ It is a script, so that its functions travel to Ray's workers by value.
 """
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -111,6 +112,8 @@ def worker(loop_config):
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "ours" and rank == 1:
         raise PatchError("the self-test failed: document B moved by 0.5")
+    if behaviour == "no room":
+        raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere/file")
     if behaviour == "crash":
         raise ValueError("shapes differ\nand a second line")
     first = rank == 0

@@ -8,10 +8,12 @@ from nemo_ray.config.load import LoadedConfig
 from nemo_ray.config.schema import Config
 from nemo_ray.errors import ConfigError
 from nemo_ray.plan.facts import find_shape
-from nemo_ray.train import launch
+from nemo_ray.targets import read_shape
+from nemo_ray.train import fit, launch
 from nemo_ray.train.fit import check_fit
 from nemo_ray.train.launch import Launch, Parts
 from nemo_ray.train.resources import Demand
+from tests.e2e.world import ASSETS
 
 SHAPE, _ = find_shape("nemotron-3-nano-30b-a3b")
 HEAD = {"CPU": 4.0}
@@ -101,3 +103,33 @@ def test_training_waits_for_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
     wanted, _ = Launch(LoadedConfig(config, ()), Parts())._enter_ray("head:6379", SHAPE)
     assert wanted.num_workers == 6 and asked == [[{"CPU": 1.0}] * 6, []]
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "sequence_len", "fits"),
+    [(1, 512, True), (20, 512, True), (1000, 512, False), (1, 2**24, False)],
+)
+def test_what_this_machine_cannot_hold_is_refused_before_ray_starts(
+    num_workers: int, sequence_len: int, fits: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(fit, "available_bytes", lambda: 20 * 2**30)
+    monkeypatch.setattr(launch.resources, "gpus_here", lambda environ: 0)
+    monkeypatch.setattr(launch.session, "start_local", lambda cpus, *_, **__: started.append(cpus))
+    monkeypatch.setattr(launch.session, "nodes", lambda: [{"CPU": float(started[-1])}])
+    shape = read_shape(str(ASSETS / "base"))
+    config = Config(
+        base_model="tiny",
+        datasets=[{"path": "y"}],
+        output_dir=str(tmp_path),
+        sequence_len=sequence_len,
+        ray={"num_workers": num_workers},
+    )
+    if not fits:
+        with pytest.raises(
+            ConfigError, match=rf"in each of {num_workers} worker\(s\) .* has 20.0 left for all"
+        ):
+            Launch(LoadedConfig(config, ()), Parts())._enter_ray(None, shape)
+        assert not started
+    Launch(LoadedConfig(config, ()), Parts(), force=not fits)._enter_ray(None, shape)
+    assert len(started) == 1

@@ -143,6 +143,16 @@ def test_a_workers_error_is_one_line_and_not_tried_again(run: RunDir, launches: 
     assert run.error_file.read_text().count("PatchError: the self-test failed") == 1
 
 
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_disk_without_room_is_one_line_and_not_tried_again(run: RunDir, launches: list[Started]) -> None:
+    launch = start(launches, "no room", run)
+    assert launch.end() == 1, launch.output
+    wanted = "error: /elsewhere/file could not be written: No space left on device; make room there"
+    assert errors(launch.output) == [wanted]
+    assert "again" not in launch.output and "Traceback" not in launch.output
+
+
 @pytest.mark.soak
 def test_an_unknown_error_is_tried_once_more_and_points_to_its_traceback(
     run: RunDir, launches: list[Started]
