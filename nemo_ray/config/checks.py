@@ -16,6 +16,7 @@ from nemo_ray.config.evaluation_checks import (
     tracker_notices,
     tracker_rules,
 )
+from nemo_ray.config.kinds import MOST_TOKENS
 from nemo_ray.config.schema import AdapterSection, Config, DatasetSpec
 from nemo_ray.config.translate import show
 from nemo_ray.urls import is_url, parse, redact, url_problem
@@ -113,6 +114,12 @@ def _data_rules(config: Config) -> Iterator[str]:
             f"val_set_size: {config.val_set_size} and test_datasets both say what is held out; keep one "
             "(val_set_size: 0)"
         )
+    if config.micro_batch_size * config.sequence_len > MOST_TOKENS:
+        yield (
+            f"micro_batch_size: {show(config.micro_batch_size)} packs of sequence_len: {config.sequence_len} "
+            f"are more than {MOST_TOKENS} tokens, which a GPU cannot number in a forward pass; make one of "
+            "the two smaller"
+        )
     for token in config.special_tokens:
         if token not in _TOKENS:
             yield f"special_tokens.{token}: cannot be set here; only {', '.join(_TOKENS)} can"
@@ -189,6 +196,13 @@ def rule_notices(config: Config) -> list[str]:
     rhythm = [name for name in ("evals_per_epoch", "eval_steps") if _given(config, name)]
     if rhythm and not config.val_set_size and not config.test_datasets:
         notices.append(f"{rhythm[0]}: not used, since val_set_size and test_datasets hold out no rows")
+    if config.overwrite and config.resume_from_checkpoint == "auto":
+        notices.append(
+            "overwrite: not used where output_dir holds a checkpoint, since resume_from_checkpoint: auto "
+            "goes on from the newest"
+        )
+    elif config.overwrite and config.resume_from_checkpoint is not None:
+        notices.append("overwrite: not used, since resume_from_checkpoint names what the run goes on from")
     notices += format_notices(config)
     if _given(config, "revision_of_model") and not is_hub_id(config.base_model):
         notices.append("revision_of_model: not used, since base_model is a folder, not a hub id")

@@ -1,6 +1,5 @@
 """The reference page, generated from the schema: `python -m nemo_ray.config.docs [FILE]`."""
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from nemo_ray.config.axolotl import FOREIGN_IN_DATASETS, RENAMED, RENAMED_IN_DATASETS, Foreign
 from nemo_ray.config.axolotl_keys import FOREIGN
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.config.kinds import kinds_of
 from nemo_ray.config.schema import (
     AdapterSection,
@@ -109,9 +109,9 @@ def _foreign_table(table: tuple[Foreign, ...], refused: bool) -> Iterator[str]:
 
 def write(make: Callable[[], str]) -> None:
     """As the command line says: a page to the file that it names, or to standard output."""
-    parser = argparse.ArgumentParser(description="Write a page of the documentation, made from the code.")
+    parser = CommandParser(description="Write a page of the documentation, made from the code.")
     parser.add_argument("file", nargs="?", metavar="FILE", help="default: standard output")
-    file = parser.parse_args().file
+    file = parser.parse().file
     if file:
         Path(file).write_text(make(), encoding="utf-8")
     else:

@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Strict
 
+MOST_TOKENS = 2**31 - 1
+"""Of a forward pass: where documents begin in it is int32 on a GPU."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -72,18 +75,22 @@ Workers = Annotated[
     PositiveInt | Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_fewest_and_most)],
     Kind("a whole number above 0, or [the fewest, the most]"),
 ]
+PackLength = Annotated[
+    int, Strict(), Field(ge=2, le=MOST_TOKENS), Kind(f"a whole number from 2 to {MOST_TOKENS}")
+]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32), Kind("a whole number from 0 to 4294967295")]
-Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), Kind("a number above 0")]
-NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False), Kind("a number, 0 or more")]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), Kind("a finite number above 0")]
+Epochs = Annotated[float, Strict(), Field(gt=0, le=1e6), Kind("a number above 0, up to 1000000")]
+NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False), Kind("a finite number, 0 or more")]
 Fraction = Annotated[float, Strict(), Field(ge=0, lt=1), Kind("a number from 0 to below 1")]
 Ratio = Annotated[float, Strict(), Field(ge=0, le=1), Kind("a number from 0 to 1")]
 Number = Annotated[int, Strict()] | Annotated[float, Strict(), Field(allow_inf_nan=False)]
 HeldOut = Annotated[
     Number, AfterValidator(_rows_or_fraction), Kind("a fraction below 1, or a whole number of rows")
 ]
-Resources = Annotated[dict[Text, NonNegative], Kind("a map from resource name to a number, 0 or more")]
+Resources = Annotated[dict[Text, NonNegative], Kind("a map from resource name to a finite number, 0 or more")]
 RankPattern = Annotated[dict[Text, PositiveInt], Kind("a map from text to a whole number above 0")]
-AlphaPattern = Annotated[dict[Text, Positive], Kind("a map from text to a number above 0")]
+AlphaPattern = Annotated[dict[Text, Positive], Kind("a map from text to a finite number above 0")]
 Mapping = Annotated[dict[Text, Text], Kind("a map from text to text")]
 RolesMap = Annotated[dict[Text, TextList], Kind("a map from a role to a list of its names")]
 Arguments = Annotated[dict[Text, Any], AfterValidator(_as_json), Kind("a map from text to values")]

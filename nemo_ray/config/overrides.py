@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nemo_ray.config.translate import Raw, canonical_key
+from nemo_ray.config.translate import Raw, canonical_key, show
 from nemo_ray.config.yaml_file import parse_yaml
 
 
@@ -17,7 +17,7 @@ def apply_override(raw: Raw, override: str) -> list[str]:
     if not equals or not all(parts):
         return [f"{override}: is not an override; write key=value, such as lora_r=32 or ray.num_workers=4"]
     if key.startswith("-"):
-        return [f"{override}: overrides take no dashes; write {key.lstrip('-').replace('-', '_')}={text}"]
+        return [without_dashes(override)]
     value = parse_yaml(text, override)
     target: Any = raw
     for depth, part in enumerate(parts[:-1]):
@@ -38,6 +38,13 @@ def apply_override(raw: Raw, override: str) -> list[str]:
         return [problem]
     _set(target, parts[-1], value)
     return []
+
+
+def without_dashes(override: str) -> str:
+    """The line for an override that is written like an option."""
+    key, _, text = override.partition("=")
+    written = f"{key.strip().lstrip('-').replace('-', '_')}={text}"
+    return f"{show(override)}: overrides take no dashes; write {show(written)}"
 
 
 def _set(target: Any, part: str, value: Any) -> None:

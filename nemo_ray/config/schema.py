@@ -12,6 +12,7 @@ from nemo_ray.config.kinds import (
     AlphaPattern,
     Arguments,
     Bool,
+    Epochs,
     FailureCount,
     Fraction,
     HeldOut,
@@ -21,6 +22,7 @@ from nemo_ray.config.kinds import (
     ModuleList,
     NonNegative,
     NonNegativeInt,
+    PackLength,
     PathList,
     PathText,
     Positive,
@@ -315,8 +317,11 @@ class DataSection(Section):
         "or the URL of an object store (`s3://`, `gs://`, `abfs://`).",
         json_schema_extra={"default_text": "output_dir/prepared"},
     )
-    sequence_len: PositiveInt = Field(
-        2048, description="Tokens of a pack, exactly; the longest row that is kept whole."
+    sequence_len: PackLength = Field(
+        2048,
+        description="Tokens of a pack, exactly; the longest row that is kept whole. Two at least: a token is "
+        "learned from those before it. At most 2147483647, and so with the `micro_batch_size` packs of a "
+        "forward pass, whose tokens are numbered in 32 bits on a GPU.",
     )
     sample_packing: Bool = Field(
         True,
@@ -378,7 +383,7 @@ class TrainSection(Section):
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="Forward passes of a worker in one optimizer step."
     )
-    num_epochs: Positive = Field(1.0, description="Passes over the rows; `max_steps` wins.")
+    num_epochs: Epochs = Field(1.0, description="Passes over the rows, a million at most; `max_steps` wins.")
     max_steps: PositiveInt | None = Field(
         None, description="Optimizer steps of the run, whatever `num_epochs` says."
     )
@@ -408,7 +413,7 @@ class TrainSection(Section):
         "GPU, where LoRA factors alone train and without `lora_dropout`; elsewhere, and where factors are "
         "sharded, they run as they are.",
     )
-    max_grad_norm: Annotated[Positive | None, Kind("a number, 0 or more")] = Field(
+    max_grad_norm: Annotated[Positive | None, Kind("a finite number, 0 or more")] = Field(
         1.0, description="Gradients are scaled down to this norm, over all workers; 0 switches it off."
     )
     max_nonfinite_steps: PositiveInt = Field(

@@ -1,6 +1,7 @@
 """Reading the YAML itself: plain data, no key twice, `2e-4` is a number. What keys mean is not known here."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import yaml
 
 from nemo_ray.errors import ConfigError
 
+STANDARD_INPUT = "-"
 _MAX_DEPTH = 20
 
 
@@ -41,7 +43,11 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f"{where}, line {mark.line + 1}" if mark else where
         problem = " ".join((error.problem or error.context or "not valid YAML").split())
-        if "could not determine a constructor" in problem:
+        if problem.startswith("but "):  # PyYAML's sentence, whose beginning is the context
+            problem = f"{error.context}, {problem}; give one map"
+        elif problem == "found unhashable key":
+            problem = "a key is a list or a map, not text; write `key: value`"
+        elif "could not determine a constructor" in problem:
             problem += "; only plain text, numbers, lists and maps are read: write the value itself"
         raise ConfigError(f"{place}: {problem}") from None
     except yaml.YAMLError as error:
@@ -70,21 +76,31 @@ def _check_plain(value: Any, where: str, key: str = "", depth: int = 0) -> None:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The map that a YAML file holds; an empty file holds an empty one. Raises ConfigError."""
-    file = Path(path).expanduser()
-    if file.is_dir():
-        raise ConfigError(f"{path}: is a folder; give the YAML file")
+    """The map that a YAML file holds, or standard input (`-`); an empty one holds an empty map. Raises
+    ConfigError."""
+    if not path:
+        raise ConfigError("CONFIG.yaml: '' names no file; give the path of a YAML file")
+    where = "standard input" if path == STANDARD_INPUT else path
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = _content(path).decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file; give the path of a YAML file") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not text in UTF-8; give a YAML file") from None
+        raise ConfigError(f"{where}: is not text in UTF-8; give a YAML file") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    raw = parse_yaml(text, path)
+        raise ConfigError(f"{where}: cannot be read ({error.strerror})") from None
+    raw = parse_yaml(text, where)
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: holds {type(raw).__name__}, not a map; write one `key: value` a line")
+        raise ConfigError(f"{where}: holds {type(raw).__name__}, not a map; write one `key: value` a line")
     return raw
+
+
+def _content(path: str) -> bytes:
+    if path == STANDARD_INPUT:
+        return sys.stdin.buffer.read()
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ConfigError(f"{path}: is a folder; give the YAML file")
+    return file.read_bytes()

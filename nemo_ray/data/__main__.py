@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from nemo_ray import hub
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.config.load import load_config
 from nemo_ray.data.ahead import plan_ahead, prepare_ahead, say, write_page
 from nemo_ray.data.examples import probe_sources
@@ -18,17 +19,17 @@ from nemo_ray.errors import NemoRayError, tell
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 2 for a wrong configuration, 1 for unusable data."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m nemo_ray.data",
         description="Prepare a configuration's data, and write a page about it: OUTPUT_DIR/data.html.",
     )
-    parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    parser.add_argument("config", metavar="CONFIG.yaml", help="YAML file, or - for standard input")
+    parser.add_overrides("settings that win over the file's")
     parser.add_argument(
         "--show", type=_whole, metavar="N", help="print N examples of each dataset, and prepare nothing"
     )
     parser.add_argument("--verbose", action="store_true", help="print what Ray logs")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse(arguments)
     console = Console(highlight=False)
     plan: DataPlan | None = None
     with Interrupts() as interrupts:

@@ -1,11 +1,11 @@
 """`python -m nemo_ray.demo`: rebuild the demo's assets and compare them with the committed ones."""
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.demo import ASSETS
 from nemo_ray.demo.base import LOSS_TOLERANCE, held_out_loss, rebuild_base
 from nemo_ray.demo.recipe import PYTHON, build, differing_files, differs_from_builder
@@ -14,7 +14,7 @@ from nemo_ray.errors import NemoRayError, tell
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 when the rebuilt files equal the committed ones, 1 and their names otherwise."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m nemo_ray.demo",
         description="Rebuild data, tokenizers and configs of the demo and compare them with the "
         f"committed assets. They were built with CPython {PYTHON}; other versions document "
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="compare; the default without --out")
     parser.add_argument("--base", action="store_true", help="also pre-train the base's weights (15 minutes)")
-    options = parser.parse_args(arguments)
+    options = parser.parse(arguments)
     reason = differs_from_builder()
     if reason is not None:
         print(f"note: {reason}")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.config.schema import Config, RaySection
 from nemo_ray.doctor.findings import ERROR, OK, WARNING, Finding, from_line, ok, worst
 from nemo_ray.errors import ClusterError, NemoRayError, tell
@@ -27,17 +28,19 @@ SUBJECT_WIDTH = 15
 Section = tuple[str, list[Finding]]
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = CommandParser(
         prog="nemo-ray doctor",
         description="Look at this machine, at what a configuration names, and at the nodes of a cluster: "
         "a line each, with the remedy.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("config", metavar="CONFIG.yaml", nargs="?", help="the configuration of a run")
-    result.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key of the file")
+    result.add_argument(
+        "config", metavar="CONFIG.yaml", nargs="?", help="the configuration of a run; - reads standard input"
+    )
+    result.add_overrides()
     result.add_argument(
         "--address",
         metavar="ADDRESS",
@@ -49,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    given = parser().parse_intermixed_args(arguments)
+    given = parser().parse(arguments)
     found: dict[str, list[Finding]] = {}
     try:
         for place, findings in examine(given, os.environ):
@@ -70,7 +73,7 @@ def examine(given: argparse.Namespace, environ: Mapping[str, str]) -> Iterator[S
     from nemo_ray.session import address_to_join
     from nemo_ray.train.resources import cpus_here, gpus_here
 
-    config = load(given.config, given.overrides) if given.config else None
+    config = load(given.config, given.overrides) if given.config is not None else None
     folders = inputs.folders_of(config) if config else {}
     section = config.ray if config else RaySection()
     address = given.address or address_to_join(section, environ)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.errors import ConfigError, NemoRayError, tell
 from nemo_ray.run_dir import RunDir
 from nemo_ray.stored_run import fetch_result
@@ -30,9 +31,9 @@ exit codes: 0 done, 1 files are broken or do not fit, or the check failed, 2 an 
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line of exporting."""
-    result = argparse.ArgumentParser(
+    result = CommandParser(
         prog="python -m nemo_ray.export",
         description="Turn a trained adapter into files that other programs load, and check them.",
         epilog=EPILOG,
@@ -56,10 +57,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--base-model", metavar="DIR", help="the base, where it is not where it was when it was trained on"
     )
-    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where --check computes")
-    result.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="in what --check computes"
-    )
+    result.add_argument("--device", choices=("cpu", "cuda"), help="where --check computes (cpu)")
+    result.add_argument("--dtype", choices=("float32", "bfloat16"), help="in what --check computes (float32)")
     return result
 
 
@@ -127,7 +126,7 @@ def _say(text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    given = parser().parse_args(arguments)
+    given = parser().parse(arguments)
     try:
         _check_arguments(given)
         source = find_source(given.source, given.base_model)
@@ -158,6 +157,9 @@ def _check_arguments(given: argparse.Namespace) -> None:
         raise ConfigError("--output: not given; name the folder to write")
     if given.output is not None and not writes:
         raise ConfigError("--output: --check alone writes nothing; leave it out, or give --merge too")
+    for name in ("device", "dtype"):
+        if getattr(given, name) is not None and not given.check:
+            raise ConfigError(f"--{name}: only --check computes; give it too, or leave --{name} out")
     if given.check and given.per_expert_keys and not given.merge:
         raise ConfigError(
             "--check: PEFT cannot read per-expert keys of this model; check the adapter as it is, without "
@@ -216,7 +218,7 @@ def _setting(given: argparse.Namespace) -> "Setting":
 
     from nemo_ray.export.sides import Setting
 
-    return Setting(torch.device(given.device), getattr(torch, given.dtype))
+    return Setting(torch.device(given.device or "cpu"), getattr(torch, given.dtype or "float32"))
 
 
 def _quiet_libraries() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.errors import ConfigError, NemoRayError, tell
 from nemo_ray.model.prompt import base_folder, end_ids, find_source, load_tokenizer, prompt_ids, read_text
 
@@ -22,7 +23,7 @@ examples:
   nemo-ray generate --adapter outputs/quickstart "What does os.path.join do?"
   nemo-ray generate --model MODEL_FOLDER --temperature 0.7 --top-p 0.9 --seed 1 < prompt.txt
 
-The text goes to standard output, figures go to standard error.
+The text goes to standard output and ends its line there; figures go to standard error.
 exit codes: 0 done, 1 the model cannot be loaded or run, 2 wrong arguments, 130 stopped by Ctrl-C
 """
 
@@ -52,9 +53,9 @@ class TextStream:
         return self._decode(self._given + self._held)[len(self._decode(self._given)) :]
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = CommandParser(
         prog="nemo-ray generate",
         description="Let a Nemotron-H model, with or without an adapter, answer a prompt.",
         epilog=EPILOG,
@@ -166,16 +167,19 @@ def print_tokens(
     stream = TextStream(
         lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )
-    started, first, count, code = time.monotonic(), 0.0, 0, 0
+    started, first, count, code, last = time.monotonic(), 0.0, 0, 0, ""
     try:
         for token in tokens:
             count += 1
             first = first or time.monotonic()
-            write(stream.add(token))
+            text = stream.add(token)
+            last = text or last
+            write(text)
     except KeyboardInterrupt:
         code = 130
     ended = time.monotonic()
-    write(stream.finish() + ("\n" if sys.stdout.isatty() else ""))
+    text = stream.finish()
+    write(text if (text or last).endswith("\n") else text + "\n")
     rate = f", then {(count - 1) / (ended - first):.1f} tokens/s" if count > 1 else ""
     end = "; stopped by Ctrl-C" if code else "; cut at --max-new-tokens" if count == max_new_tokens else ""
     print(
@@ -195,7 +199,7 @@ def write(text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    given = parser().parse_args(arguments)
+    given = parser().parse(arguments)
     try:
         check_arguments(given)
         return run(given)

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.errors import NemoRayError, tell
 from nemo_ray.plan.gpus import GPUS
 
@@ -18,16 +19,18 @@ exit codes: 0 it fits, 1 it does not, 2 the configuration is wrong
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = CommandParser(
         prog="nemo-ray plan",
         description="Say what a run takes: parameters, memory of a GPU by class, speed, time and cost.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
-    result.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key of the file")
+    result.add_argument(
+        "config", metavar="CONFIG.yaml", help="the run's configuration; - reads standard input"
+    )
+    result.add_overrides()
     result.add_argument("--gpu", metavar="NAME", default="h100", help=f"{', '.join(GPUS)} (%(default)s)")
     result.add_argument("--num-gpus", metavar="N", type=int, help="default: ray.num_workers, else 1")
     result.add_argument("--price", metavar="PRICE", type=float, help="of a GPU hour, in any currency")
@@ -37,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    given = parser().parse_intermixed_args(arguments)
+    given = parser().parse(arguments)
     try:
         from nemo_ray.config.load import load_config
         from nemo_ray.plan.facts import plan_facts

@@ -1,5 +1,6 @@
 """What is known of a run before it: from a configuration to figures, JSON-ready."""
 
+import math
 import os
 import re
 import tempfile
@@ -36,8 +37,8 @@ def plan_facts(
         num_gpus = _workers(config.ray.num_workers)
     if num_gpus < 1:
         raise ConfigError(f"--num-gpus: {num_gpus} is not valid; give 1 or more")
-    if price is not None and price < 0:
-        raise ConfigError(f"--price: {price:g} is not valid; give 0 or more")
+    if price is not None and not 0 <= price < math.inf:
+        raise ConfigError(f"--price: {price:g} is not valid; give a finite number, 0 or more")
     shape, name = find_shape(config.base_model)
     found = options(config, shape, gpu, num_gpus)
     own, best = found[0], recommend(found)

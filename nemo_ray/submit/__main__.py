@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.config.schema import Config
+from nemo_ray.config.yaml_file import STANDARD_INPUT
 from nemo_ray.errors import ConfigError, NemoRayError, tell
 
 if TYPE_CHECKING:
@@ -29,16 +31,16 @@ exit codes: those of the job's command; 0 with --detach once it is taken, 2 the 
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = CommandParser(
         prog="nemo-ray submit",
         description="Run a configuration on a Ray cluster, and follow it.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument("config", metavar="CONFIG.yaml", help="the configuration of a run, or of a sweep")
-    result.add_argument("overrides", metavar="key=value", nargs="*", help="replaces a key of the file")
+    result.add_overrides()
     result.add_argument("--address", metavar="URL", help="the cluster's dashboard, as http://HOST:8265")
     result.add_argument("--id", metavar="NAME", help="the job's name, to follow it or go on with it later")
     result.add_argument(
@@ -54,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    given = parser().parse_intermixed_args(arguments)
+    given = parser().parse(arguments)
     try:
         return submit(given, os.environ)
     except NemoRayError as error:
@@ -66,6 +68,8 @@ def submit(given: argparse.Namespace, environ: Mapping[str, str]) -> int:
     from nemo_ray.submit.bundle import bundle
     from nemo_ray.submit.job import Jobs, check_name, next_id
 
+    if given.config == STANDARD_INPUT:
+        raise ConfigError("CONFIG.yaml: - is standard input, which cannot travel with a job; give a file")
     if given.id is not None:
         check_name(given.id)
     variables = _named(given.env, environ)

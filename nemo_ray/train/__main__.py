@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.errors import NemoRayError, tell
 
 EPILOG = """\
@@ -18,20 +19,19 @@ exit codes: 0 done, 1 the run failed, 2 the configuration is wrong (nothing was 
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line of training."""
-    result = argparse.ArgumentParser(
+    result = CommandParser(
         prog="python -m nemo_ray.train",
         description="Fine-tune a Nemotron-H model on Ray. The keys are listed in docs/config.md.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
     result.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="replaces a key of the file; ray.key=value for one of the ray section, key= to remove it",
+        "config", metavar="CONFIG.yaml", help="the run's configuration; - reads standard input"
+    )
+    result.add_overrides(
+        "replaces a key of the file; ray.key=value for one of the ray section, key= to remove it"
     )
     result.add_argument(
         "--force",
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code. A configuration that is refused is refused before torch or Ray are loaded."""
-    given = parser().parse_intermixed_args(arguments)
+    given = parser().parse(arguments)
     try:
         from nemo_ray.config.load import load_config
 

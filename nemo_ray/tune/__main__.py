@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.errors import NemoRayError, tell
 
 EPILOG = """\
@@ -20,18 +21,18 @@ exit codes: 0 done, 1 no trial came to its end, 2 the configuration is wrong (no
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line of a sweep."""
-    result = argparse.ArgumentParser(
+    result = CommandParser(
         prog="python -m nemo_ray.tune",
         description="Train many times with other settings, on Ray, and keep the best.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("config", metavar="CONFIG.yaml", help="the configuration, with a tune section")
     result.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="replaces a key of the file, as in training"
+        "config", metavar="CONFIG.yaml", help="the configuration, with a tune section; - reads standard input"
     )
+    result.add_overrides("replaces a key of the file, as in training")
     result.add_argument("--resume", action="store_true", help="continue the sweep in output_dir")
     result.add_argument(
         "--shard",
@@ -45,9 +46,9 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def merge_parser() -> argparse.ArgumentParser:
+def merge_parser() -> CommandParser:
     """The command line that joins the parts of a sweep."""
-    result = argparse.ArgumentParser(
+    result = CommandParser(
         prog="python -m nemo_ray.tune merge",
         description="Join the parts of a sweep that was split over clusters: one report, one best.",
     )
@@ -59,7 +60,7 @@ def merge_parser() -> argparse.ArgumentParser:
 
 
 def _merge(arguments: Sequence[str]) -> int:
-    given = merge_parser().parse_args(arguments)
+    given = merge_parser().parse(arguments)
     from nemo_ray.tune.merge import merge
     from nemo_ray.tune.words import print_merged
 
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["merge"]:
             return _merge(words[1:])
-        given = parser().parse_intermixed_args(words)
+        given = parser().parse(words)
         from nemo_ray.tune.load import load_sweep
         from nemo_ray.tune.shards import parse_shard
 

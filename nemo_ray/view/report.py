@@ -1,16 +1,17 @@
 """`nemo-ray report OUTPUT_DIR`: report.html of a run, or of a sweep: one file, which loads nothing."""
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import yaml
 
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.data.charts import number, percent, section, soft, table, text
 from nemo_ray.data.manifest import DataPlan
-from nemo_ray.errors import NemoRayError, StorageError, tell
+from nemo_ray.errors import ConfigError, NemoRayError, StorageError, tell
 from nemo_ray.pages import Tile, chart, page, thin
 from nemo_ray.storage import publish_bytes, read_json
 from nemo_ray.train.summary import gib, plural
@@ -19,9 +20,9 @@ from nemo_ray.view.seen import Seen, see, see_sweep
 _GIB = 2**30
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = CommandParser(
         prog="nemo-ray report",
         description="Write report.html of a run or a sweep into its directory: curves, speed, memory, data, "
         "events. It may be under way: call it again for a newer page.",
@@ -180,6 +181,8 @@ def write(place: str, output: str | None) -> str:
     """Write the page of what lies at `place`; returns where. Raises ConfigError, OSError."""
     from nemo_ray.tune.report import page_of, write_report
 
+    if output is not None and Path(output).is_dir():
+        raise ConfigError(f"--output: {output or '.'} is a folder; name a file")
     with see_sweep(place) as folder:
         if folder is not None:
             if output is not None:
@@ -195,7 +198,7 @@ def write(place: str, output: str | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    given = parser().parse_args(arguments)
+    given = parser().parse(arguments)
     try:
         print(f"report: {write(given.output_dir, given.output)}")
     except NemoRayError as error:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from nemo_ray.config.command_line import CommandParser
 from nemo_ray.errors import NemoRayError, StorageError, tell
 from nemo_ray.view.seen import RUNNING, UNSEEN, Seen, see, see_sweep
 
@@ -19,9 +20,9 @@ exit codes: 0 the run goes on or has finished, 1 it failed, was stopped or broke
 _SHOWN_EVENTS = 8
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = CommandParser(
         prog="nemo-ray status",
         description="Show the state of a run or a sweep, from anywhere its directory can be read.",
         epilog=EPILOG,
@@ -150,9 +151,10 @@ def show_sweep(folder: "SweepDir", as_json: bool) -> int:
         )
         return 0
     print(f"sweep {folder.place}: {state}, {len(ended)} of {len(facts['trials'])} trials have ended")
-    frame = found.dataframe
+    frame = found.dataframe.dropna(axis="columns", how="all")
     if len(frame):
-        Console(soft_wrap=True).print(frame.to_string(index=False), highlight=False, markup=False)
+        shown = frame.astype(object).where(frame.notna(), "")  # pandas writes None and NaN
+        Console(soft_wrap=True).print(shown.to_string(index=False), highlight=False, markup=False)
     if best is not None:
         print(f"best: trial {best}, {found.metric} {ended[best].value:.4f}")
     return 0
@@ -160,7 +162,7 @@ def show_sweep(folder: "SweepDir", as_json: bool) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    given = parser().parse_args(arguments)
+    given = parser().parse(arguments)
     try:
         return show(given.output_dir, given.json)
     except NemoRayError as error:

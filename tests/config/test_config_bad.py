@@ -15,8 +15,10 @@ WRONG: dict[str, list[Any]] = {
     "a whole number, 0 or more": [-1, 0.5, True, "x"],
     "a whole number, 0 or more, or -1 for no limit": [-2, 0.5, "x"],
     "a whole number from 0 to 4294967295": [-1, 2**32, 1.5, True],
-    "a number above 0": [0, -1.0, True, "x", float("inf"), float("nan"), [1.0]],
-    "a number, 0 or more": [-0.1, True, "x", float("nan")],
+    "a finite number above 0": [0, -1.0, True, "x", float("inf"), float("nan"), [1.0]],
+    "a finite number, 0 or more": [-0.1, True, "x", float("inf"), float("nan")],
+    "a number above 0, up to 1000000": [0, -1.0, True, "x", 1e308, 1000001, float("inf"), float("nan")],
+    "a whole number from 2 to 2147483647": [-1, 0, 1, 2**31, 10**10, 2.5, True, "x"],
     "a whole number above 0, or [the fewest, the most]": [
         0,
         -1,
@@ -44,10 +46,23 @@ WRONG: dict[str, list[Any]] = {
     "a list of paths": [1, [1], ""],
     "a list of datasets, each with a path": ["x", 3, [3], ["x"]],
     "a map from text to text": ["x", ["a"], {"a": 1}, {"a": ["b"]}],
-    "a map from resource name to a number, 0 or more": ["x", {"GPU": -1}, {"GPU": "one"}, {"GPU": True}],
+    "a map from resource name to a finite number, 0 or more": [
+        "x",
+        {"GPU": float("inf")},
+        {"GPU": -1},
+        {"GPU": "one"},
+        {"GPU": True},
+    ],
     "a section of keys": ["x", 3, ["a"]],
     "a map from text to a whole number above 0": ["x", ["a"], {"a": 0}, {"a": 1.5}, {"a": "b"}, {"a": True}],
-    "a map from text to a number above 0": ["x", ["a"], {"a": 0}, {"a": "b"}, {"a": True}],
+    "a map from text to a finite number above 0": [
+        "x",
+        {"a": float("inf")},
+        ["a"],
+        {"a": 0},
+        {"a": "b"},
+        {"a": True},
+    ],
     "true, gaussian or orthogonal": [3, "something else", "eva", False, ["a"]],
     "lora, qlora or none": ["dora", 3, True],
     "the name of an AdamW": [3, ["adamw_torch"]],
@@ -157,6 +172,10 @@ RULES: list[tuple[Keys, list[str]]] = [
     ({"dp_shard_size": 3, "ray": {"num_workers": 4}}, ["dp_shard_size: 3", "divide", "ray.num_workers: 4"]),
     ({"ray": {"use_gpu": False, "resources_per_worker": {"GPU": 1}}}, ["ray.use_gpu: false"]),
     ({"ray": {"use_gpu": False, "accelerator_type": "H100"}}, ["ray.use_gpu: false"]),
+    (
+        {"micro_batch_size": 2, "sequence_len": 2**30},
+        ["micro_batch_size: 2", "sequence_len: 1073741824", "more than 2147483647 tokens"],
+    ),
     ({"chat_template": "llama3"}, ["chat_template: llama3", "tokenizer_default", ".jinja"]),
     ({"special_tokens": {"sep_token": "<s>"}}, ["special_tokens.sep_token", "pad_token"]),
     ({"adapter": "qlora"}, ["adapter: qlora needs `load_in_4bit: true`"]),
@@ -363,6 +382,25 @@ def test_experts_only_is_said(world: Keys) -> None:
     (line,) = load(world | experts).notices
     assert line.startswith("lora_target_parameters: ") and "the routed experts only" in line
     assert load(world | experts | {"lora_target_linear": True}).notices == ()
+
+
+@pytest.mark.parametrize(
+    ("resume", "said"),
+    [
+        ("auto", "where output_dir holds a checkpoint"),
+        ("outputs/out/checkpoints/step-4", "what the run goes on from"),
+    ],
+)
+def test_what_becomes_of_overwrite_in_a_run_that_is_resumed(world: Keys, resume: str, said: str) -> None:
+    (line,) = load(world | {"overwrite": True, "resume_from_checkpoint": resume}).notices
+    assert line.startswith("overwrite: not used") and said in line
+    for alone in ({"overwrite": True}, {"resume_from_checkpoint": resume}):
+        assert load(world | alone).notices == ()
+
+
+def test_the_largest_and_the_smallest_pack(world: Keys) -> None:
+    for length in (2, 2**31 - 1):
+        assert load(world | {"sequence_len": length}).config.sequence_len == length
 
 
 def test_weights_are_for_all_datasets_or_for_none(world: Keys) -> None:

@@ -1,5 +1,6 @@
 """Reading: the file, overrides, absent keys, the order of errors, and that it is quick."""
 
+import io
 import pickle
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -208,10 +210,10 @@ def test_any_value_loads_or_names_its_key(world: Keys, key: str, value: object) 
         ("just text\n", ["str, not a map"]),
         ("on: 3\n", ["quote it"]),
         ("1: 3\n", ["quote it"]),
-        ("? [a]\n: 3\n", ["line 1"]),
+        ("? [a]\n: 3\n", ["line 1: a key is a list or a map, not text"]),
         ("datasets: &a [*a]\n", ["refers to itself"]),
         ("seed: \x01\n", ["not valid YAML"]),
-        ("a: 1\n---\nb: 2\n", ["line 2"]),
+        ("a: 1\n---\nb: 2\n", ["line 2: expected a single document", ", but found another document"]),
     ],
 )
 def test_yaml_errors_name_the_place(tmp_path: Path, text: str, parts: list[str]) -> None:
@@ -238,6 +240,24 @@ def test_merge_keys_are_not_duplicates(world: Keys, tmp_path: Path) -> None:
 def test_config_file_missing(tmp_path: Path, name: str, part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         load_config(str(tmp_path / name))
+
+
+def test_no_name_is_no_folder() -> None:
+    with pytest.raises(ConfigError, match="CONFIG.yaml: '' names no file"):
+        load_config("")
+
+
+def test_a_dash_is_standard_input(world: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def given(content: bytes) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+
+    given(yaml.safe_dump(world | {"wandb_name": "ä"}, allow_unicode=True).encode())
+    config = load_config("-", ["seed=5"]).config
+    assert (config.wandb_name, config.seed) == ("ä", 5)
+    for content, said in ((b"a: [", "standard input, line 1"), (b"\xff", "standard input: is not text")):
+        given(content)
+        with pytest.raises(ConfigError, match=said):
+            load_config("-")
 
 
 def test_config_file_not_text(tmp_path: Path) -> None:

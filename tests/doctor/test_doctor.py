@@ -89,6 +89,8 @@ def test_a_wrong_configuration_is_refused(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "run.yaml").write_text("base_modell: x\n")
     assert main(["doctor", str(tmp_path / "run.yaml")]) == 2
     assert "did you mean base_model?" in capsys.readouterr().err
+    assert main(["doctor", ""]) == 2
+    assert "CONFIG.yaml: '' names no file" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("well")

@@ -179,6 +179,8 @@ def test_a_whole_model_is_checked_and_not_merged(base, tmp_path, capsys):
         (["{adapter}", "--merge"], "--output: not given"),
         (["{adapter}", "--check", "--output", "x"], "writes nothing"),
         (["{adapter}", "--per-expert-keys", "--check", "--output", "x"], "cannot read per-expert keys"),
+        (["{adapter}", "--merge", "--output", "x", "--device", "cuda"], "--device: only --check computes"),
+        (["{adapter}", "--per-expert-keys", "--output", "x", "--dtype", "float32"], "--dtype: only --check"),
         (["nowhere", "--check"], "nowhere is no folder"),
         (["{empty}", "--check"], "neither a run nor an adapter"),
         (["{adapter}", "--check", "--base-model", "/nowhere"], "/nowhere of --base-model is no folder here"),

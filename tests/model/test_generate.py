@@ -51,7 +51,7 @@ def test_the_command_prints_the_greedy_answer_and_nothing_else(tokenizer):
     model = inference.load_for_inference(str(BASE), None, Precision(), CPU)
     ids = prompt_ids(tokenizer, QUESTION, None, raw=False)
     expected = complete_greedily(model.packed_logits, ids, 40, end_ids([BASE], tokenizer), CPU)
-    assert done.stdout == tokenizer.decode(expected) and len(done.stdout) > 20
+    assert done.stdout == tokenizer.decode(expected) + "\n" and len(done.stdout) > 20
     assert f"{len(ids)} tokens read, {len(expected)} written" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
@@ -62,8 +62,14 @@ def test_standard_input_is_the_prompt_and_raw_leaves_out_the_template(tokenizer)
     model = inference.load_for_inference(str(BASE), None, Precision(), CPU)
     ids = tokenizer("os.path is")["input_ids"]
     expected = list(generate_tokens(model, ids, 8, end_ids([BASE], tokenizer)))
-    assert done.stdout == tokenizer.decode(expected)
+    assert done.stdout == tokenizer.decode(expected) + "\n"
     assert f"{len(ids)} tokens read" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["one line", "its end\n", "two\n\n", ""])
+def test_the_text_ends_its_line_once(text, tokenizer, capsys):
+    generate.print_tokens(iter(tokenizer(text)["input_ids"]), tokenizer, 3, 9, "")
+    assert capsys.readouterr().out == (text if text.endswith("\n") else text + "\n")
 
 
 @pytest.mark.long

@@ -213,6 +213,12 @@ def test_wrong_input_is_one_line(
     assert not server.submitted
 
 
+def test_standard_input_does_not_travel(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", "-"]) == 2
+    assert capsys.readouterr().err.startswith("error: CONFIG.yaml: - is standard input, which cannot travel")
+    assert not server.submitted
+
+
 def test_no_cluster_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert submit("--address", "http://127.0.0.1:9") == 1

@@ -97,5 +97,8 @@ def test_of_a_sweep_and_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[
     folder, other = write_sweep(tmp_path / "sweep"), tmp_path / "other.html"
     assert main(["report", str(folder.path), "--output", str(other)]) == 0
     assert "Sweep sweep" in other.read_text() and str(other) in capsys.readouterr().out
+    for taken, said in ((str(tmp_path), str(tmp_path)), ("", ".")):
+        assert main(["report", str(folder.path), "--output", taken]) == 2
+        assert capsys.readouterr().err == f"error: --output: {said} is a folder; name a file\n"
     assert main(["report", str(tmp_path)]) == 2
     assert "no run is here" in capsys.readouterr().err

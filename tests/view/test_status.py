@@ -15,7 +15,7 @@ from nemo_ray.stored_run import StoredRunDir, working_folder
 from nemo_ray.train.driver import this_driver
 from nemo_ray.view.seen import BROKEN_OFF, RUNNING, UNSEEN, see
 from tests.object_store import ObjectStore
-from tests.tune.test_report import write_sweep
+from tests.tune.test_report import POINTS, write_sweep
 from tests.view.runs import hold, progress, write_run
 
 NOW = {"phase": "training", "step": 40, "max_steps": 80, "loss": 3.0, "eta_s": 60.0, "progress": 0.5}
@@ -140,6 +140,17 @@ def test_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     found = json.loads(status(folder.path, capsys, "--json")[1])
     assert found["best"] == 1 and len(found["trials"]) == 4
+
+
+def test_what_no_trial_has_is_left_out_and_the_rest_is_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = [point | {"lora_target_modules": None if n else ["q_proj"]} for n, point in enumerate(POINTS)]
+    said = status(write_sweep(tmp_path / "sweep", trials=points).path, capsys)[1]
+    head, first, second = (line.split() for line in said.splitlines()[1:4])
+    assert "cost" not in head and {"gpu_hours", "reason"} < set(head)
+    assert first[-1] == "[q_proj]" and second[-1] == "0.01"
+    assert "None" not in said and "NaN" not in said
 
 
 @pytest.fixture(scope="module")
