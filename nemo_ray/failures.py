@@ -4,7 +4,7 @@ Ray's wrappers are recognized by the attributes in which they keep what they wra
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from nemo_ray.errors import ClusterError, NemoRayError
 from nemo_ray.urls import redact
@@ -13,6 +13,7 @@ from nemo_ray.visible import visible
 _LINE_CHARACTERS = 400
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _WRAPPED_IN = ("controller_failure", "health_check_failure", "cause", "_base_exc")
+_CLASS = "class_name: "
 _COLLATERAL = (
     "connection closed by peer",
     "connection reset by peer",
@@ -74,6 +75,17 @@ def is_final(error: BaseException) -> bool:
     return isinstance(cause, NemoRayError) and not isinstance(cause, ClusterError)
 
 
+def _lost_actor(message: Sequence[str]) -> str:
+    """Whose process it was, by the class that Ray names below the first line of its message."""
+    name = next((line.removeprefix(_CLASS) for line in message if line.startswith(_CLASS)), "")
+    who = {
+        "": "Ray's training controller, or a worker,",
+        "TrainController": "Ray's training controller",
+        "RayTrainWorker": "a training worker",
+    }.get(name, f"Ray's actor {name}")
+    return f"{who} was lost (killed, or out of memory): {''.join(message[:1])}"
+
+
 def one_line(error: BaseException) -> str:
     """One line for the user: our own message, else type and first line."""
     cause = root_cause(error)
@@ -84,7 +96,7 @@ def one_line(error: BaseException) -> str:
     if "creation task" in first:  # Ray ends its message with what it met there
         first = f"Ray could not start the run's processes: {lines[-1]}"
     elif type(cause).__name__ in ("RayActorError", "ActorDiedError"):
-        first = f"a training worker was lost (killed, or out of memory): {first}"
+        first = _lost_actor(lines)
     else:
         first = f"{type(cause).__name__}: {first}" if first else type(cause).__name__
     first = redact(first)

@@ -19,6 +19,11 @@ from nemo_ray.data.tokenizer import load_tokenizer
 
 PROBED_ROWS = 256
 
+_SHOWN_TOKENS, _SHOWN_LAST = 3_000, 1_000
+"""Of a longer document: its beginning, and its end."""
+_CHARACTER_TOKENS = 8
+"""That one character may need."""
+
 
 class Token(NamedTuple):
     """Text of one token, or of several that are characters only together."""
@@ -34,13 +39,17 @@ class Token(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One document: its tokens, or why its row is rejected."""
+    """One document: its tokens, or why its row is rejected.
+
+    Of a long one `tokens` are its beginning and `last` its end, with `left_out` tokens between.
+    """
 
     file: str
     row: int
     part: str
     """Which of the row's documents, in words; empty where it is the only one."""
     tokens: tuple[Token, ...]
+    last: tuple[Token, ...]
     num_tokens: int
     num_trained: int
     rejected: str
@@ -53,9 +62,25 @@ class Example(NamedTuple):
         """File, row, and which of the row's documents."""
         return f"{self.file} row {self.row}{self.part and ', '}{self.part}"
 
+    @property
+    def left_out(self) -> int:
+        """How many tokens stand between those that are shown."""
+        return self.num_tokens - sum(len(token.ids) for token in (*self.tokens, *self.last))
+
+    def shortened(self, room: int) -> "Example":
+        """With at most about `room` tokens: two thirds from the beginning, a third from the end."""
+        if len(self.tokens) + len(self.last) <= room:
+            return self
+        head = room * 2 // 3
+        return self._replace(tokens=self.tokens[:head], last=(self.last or self.tokens)[head - room :])
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
-        return {**self._asdict(), "place": self.place, "tokens": [token.to_json() for token in self.tokens]}
+        shown = {
+            "tokens": [token.to_json() for token in self.tokens],
+            "last": [token.to_json() for token in self.last],
+        }
+        return {**self._asdict(), **shown, "place": self.place, "left_out": self.left_out}
 
 
 class Probe(NamedTuple):
@@ -90,17 +115,28 @@ def _examples(result: list[Sample] | RowError, file: str, row: int, task: Window
     """The documents of one row."""
     if isinstance(result, RowError):
         reason = result.reason + (f" ({result.detail})" if result.detail else "")
-        return [Example(file, row, "", (), 0, 0, reason, "")]
+        return [Example(file, row, "", (), (), 0, 0, reason, "")]
     excess = "split" if format_of(task.spec).splits else "cut" if task.truncate else "dropped"
     tokenizer = load_tokenizer(task.tokenizer).tokenizer
     examples = []
     for number, sample in enumerate(result, start=1):
         part = f"document {number} of {len(result)}" if len(result) > 1 else ""
         too_long = excess if len(sample.ids) > task.sequence_len else ""
-        tokens = token_texts(sample, tokenizer)
+        shown = _shown(sample, tokenizer)
         trained = int((sample.targets[1:] != 0).sum())
-        examples.append(Example(file, row, part, tuple(tokens), len(sample.ids), trained, "", too_long))
+        examples.append(Example(file, row, part, *shown, len(sample.ids), trained, "", too_long))
     return examples
+
+
+def _shown(sample: Sample, tokenizer: Tokenizer) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
+    """All tokens of a sample and none, or the beginning and the end of a long one."""
+    if len(sample.ids) <= _SHOWN_TOKENS + _SHOWN_LAST:
+        return tuple(token_texts(sample, tokenizer)), ()
+    # Read a little further on both sides, where a character may be cut in two.
+    head, tail = slice(_SHOWN_TOKENS + _CHARACTER_TOKENS), slice(-_SHOWN_LAST - _CHARACTER_TOKENS, None)
+    first = token_texts(Sample(sample.ids[head], sample.targets[head]), tokenizer)
+    last = token_texts(Sample(sample.ids[tail], sample.targets[tail]), tokenizer)
+    return tuple(first[:-_CHARACTER_TOKENS]), tuple(last[_CHARACTER_TOKENS:])
 
 
 def token_texts(sample: Sample, tokenizer: Tokenizer) -> list[Token]:
@@ -115,7 +151,7 @@ def token_texts(sample: Sample, tokenizer: Tokenizer) -> list[Token]:
         text = _decode(tokenizer, ids[context:stop])[len(before) :]
         # A character may need several tokens; but no special one, and none of another kind, is part of it.
         following = stop < len(ids) and ids[stop] not in special and trained[stop] == trained[stop - 1]
-        if text.endswith("\ufffd") and following and stop - start < 8:
+        if text.endswith("\ufffd") and following and stop - start < _CHARACTER_TOKENS:
             continue
         tokens.append(Token(text, tuple(ids[start:stop]), trained[start], ids[start] in special))
         context, start = start, stop

@@ -6,10 +6,11 @@ rows a run takes is sources.py's.
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, BinaryIO
 
 from nemo_ray.data.index import BLANK_LINE, RUN_ROWS, FileIndex, facts_of, whole_identity
 from nemo_ray.data.lines import LINE_FORMATS, read_lines, scan_lines
@@ -23,6 +24,7 @@ from nemo_ray.storage import is_url, open_input
 __all__ = ["BLANK_LINE", "RUN_ROWS", "FileIndex", "read_span", "read_spans", "scan", "sniff_json"]
 
 _LARGEST_ARRAY_BYTES = 512 << 20
+_SNIFFED_BYTES = 64 << 10
 
 
 def scan(path: str, name: str, file_format: FileFormat, known_as: str | None = None) -> FileIndex:
@@ -69,22 +71,39 @@ def read_spans(path: str, file_format: FileFormat, spans: Sequence[Span], column
 # -- JSON array -----------------------------------------------------------------------------------
 
 
-def sniff_json(path: str) -> FileFormat:
-    """Is this .json file an array, or one object a line? An empty file counts as lines."""
+def sniff_json(path: str, named: FileFormat) -> FileFormat:
+    """Is this file one JSON array, or one object a line? `named`: what its suffix says, `json` or `jsonl`.
+
+    A .json file is told by its beginning. A .jsonl file is lines, the first of which may be as wrong as any
+    other, unless it begins and ends as one array. An empty file counts as lines. Raises DataError.
+    """
     with open_input(path) as file:
-        head = file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
+        head = file.read(_SNIFFED_BYTES).lstrip(b"\xef\xbb\xbf \t\r\n")
+        first_line, _, more = head.partition(b"\n")
         if head.startswith(b"["):
-            return "json"
-        first_line = head.split(b"\n", 1)[0]
-        if head and b"\n" in head and not _is_json(first_line):
-            raise DataError(f"{path} is neither a JSON array of rows nor one JSON object a line")
+            if named == "json":
+                return "json"
+            is_row = bool(more.strip()) and _is_json(first_line)
+            return "jsonl" if is_row or not _last_bytes(file).endswith(b"]") else "json"
+    if named == "json" and more and not _is_json(first_line):
+        raise DataError(
+            f"{path} does not begin with a JSON array of rows, and its first line is no whole JSON object; "
+            "write an array, or one object a line (of a .jsonl file, a broken line alone is rejected)"
+        )
     return "jsonl"
+
+
+def _last_bytes(file: BinaryIO) -> bytes:
+    """The end of a file, without the blanks that follow it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _SNIFFED_BYTES))
+    return file.read().rstrip()
 
 
 def _is_json(text: bytes) -> bool:
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -125,6 +144,8 @@ def _load_array(path: str, size_bytes: int) -> list[Any]:
     try:
         value = json.loads(_bytes_of(path).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no valid JSON: {error}") from None
+        raise DataError(
+            f"{path} begins with [ and is read as one JSON array, which is no valid JSON: {error}"
+        ) from None
     assert isinstance(value, list)
     return value

@@ -62,7 +62,7 @@ def _open(file: NamedFile, directory: str) -> OpenedFile:
             if is_url(directory) and known_as is None:
                 known_as = whole_identity(readable, file.name, facts_of(readable))
             path = readable = unpack(readable, file.name, directory)
-        form = sniff_json(readable) if file.format in ("json", "jsonl") else file.format
+        form = sniff_json(readable, file.format) if file.format in ("json", "jsonl") else file.format
         if form in LINE_FORMATS:
             # What lies here is known by its content: rows that are added at the end leave the others alone.
             known_as = known_as if is_url(readable) else None

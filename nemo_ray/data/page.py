@@ -4,6 +4,7 @@ A pure function of the dict that page_facts.py makes. Everything in it may come 
 all text goes through charts.text, and a content policy forbids the page to load or run anything.
 """
 
+from collections.abc import Sequence
 from importlib.resources import files
 from itertools import groupby
 from typing import Any
@@ -136,16 +137,22 @@ def _example(example: dict[str, Any], sequence_len: int) -> str:
     words += f"({percent(example['num_trained'], example['num_tokens'])})"
     if example["too_long"]:
         words += f", longer than sequence_len {sequence_len:,}: {example['too_long']}"
-    tokens = ""
-    for trained, run in groupby(example["tokens"], key=lambda token: token is not None and token[2]):
-        markup = "".join(_token(token, example["left_out"]) for token in run)
-        tokens += f"<mark>{markup}</mark>" if trained else markup
+    tokens = _tokens(example["tokens"])
+    if example["left_out"]:
+        tokens += f'<span class="gap"> ... {plural(example["left_out"], "token")} left out ... </span>'
+    tokens += _tokens(example["last"])
     return f'<div class="row">{soft(words)}<pre tabindex="0">{tokens}</pre></div>'
 
 
-def _token(token: list[Any] | None, left_out: int) -> str:
-    if token is None:
-        return f'<span class="gap"> ... {plural(left_out, "token")} left out ... </span>'
+def _tokens(tokens: Sequence[list[Any]]) -> str:
+    markup = ""
+    for trained, run in groupby(tokens, key=lambda token: token[2]):
+        inner = "".join(map(_token, run))
+        markup += f"<mark>{inner}</mark>" if trained else inner
+    return markup
+
+
+def _token(token: list[Any]) -> str:
     content, ids, _, special = token
     kind = ' class="s"' if special else ""
     return f'<i{kind} title="{" ".join(map(str, ids))}">{text(content)}</i>'

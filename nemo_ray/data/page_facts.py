@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_ray.config.schema import Config
-from nemo_ray.data.examples import Example, Probe
+from nemo_ray.data.examples import Probe
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.mix import epoch_mix
 from nemo_ray.data.prepare import dataset_specs
@@ -41,7 +41,7 @@ def page_facts(plan: DataPlan, config: Config, probes: Sequence[Probe]) -> dict[
         "mix": epoch_mix(plan, config.seed),
         "settings": _settings(config),
         "notices": list(plan.notices),
-        "examples": [{"source": source, **_shortened(example, room)} for source, example in shown],
+        "examples": [{"source": source, **example.shortened(room).to_json()} for source, example in shown],
     }
 
 
@@ -58,16 +58,6 @@ def _rejected(probes: Sequence[Probe]) -> list[dict[str, Any]]:
         for example in probe.examples
         if example.rejected
     ]
-
-
-def _shortened(example: Example, room: int) -> dict[str, Any]:
-    """At most about `room` tokens: the beginning and the end of a longer example."""
-    value = example.to_json()
-    left_out = len(value["tokens"]) - room
-    if left_out > 0:
-        head = room * 2 // 3
-        value["tokens"] = [*value["tokens"][:head], None, *value["tokens"][head + left_out :]]
-    return {**value, "left_out": max(left_out, 0)}
 
 
 def _settings(config: Config) -> list[list[str]]:

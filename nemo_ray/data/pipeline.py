@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -30,6 +31,8 @@ from nemo_ray.data.window_list import WindowList
 from nemo_ray.errors import DataError, NemoRayError
 from nemo_ray.failures import one_line
 from nemo_ray.storage import publish_json, remove, remove_partials
+
+_log = logging.getLogger(__name__)
 
 _ABANDONED_AFTER_S = 3600.0
 """A shard is written in seconds: a partial file of this age has no writer any more."""
@@ -86,11 +89,7 @@ def prepare(
     except Exception as error:
         if stop.is_set():  # it was told to end, perhaps by an end of Ray under its feet
             return
-        failure = (
-            error
-            if isinstance(error, NemoRayError)
-            else DataError(f"preparing the data failed: {one_line(error)}")
-        )
+        failure = error if isinstance(error, NemoRayError) else _unforeseen(error)
         with contextlib.suppress(OSError):  # a full disk is told of by the error itself
             publish_json(plan.failure_path, {"error": str(failure)})
         if failure is error:
@@ -127,6 +126,7 @@ def _run(job: _Job, num_cpus: float) -> Iterator[tuple[int, ShardStats]]:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     # Ray 2.60 warns that its bars are off, which is what was asked for.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    _print_errors(logging.getLogger("ray").isEnabledFor(logging.INFO))  # as session.py was told: --verbose
     # A number a task: from_items would put every task into the object store first, a millisecond each.
     numbers = ray.data.range(count, override_num_blocks=count)
     shared = ray.put(job)
@@ -134,7 +134,13 @@ def _run(job: _Job, num_cpus: float) -> Iterator[tuple[int, ShardStats]]:
     def prepare_row(row: dict[str, Any]) -> dict[str, Any]:
         # tokenizers reads this at each call: its threads would fight with the other tasks for their CPUs.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        return {"id": row["id"], **prepare_task(_fetch(shared).task(row["id"]))}
+        try:
+            return {"id": row["id"], **prepare_task(_fetch(shared).task(row["id"]))}
+        except Exception as error:
+            _log.exception("a data task failed")  # in Ray's log of this process
+            failure = _unforeseen(error)
+            failure.add_note(traceback.format_exc())  # for error.log
+            return {"id": row["id"], "stats": "", "error": pickle.dumps(failure)}
 
     for row in numbers.map(prepare_row, num_cpus=num_cpus).iter_rows():
         if row["error"]:
@@ -142,6 +148,21 @@ def _run(job: _Job, num_cpus: float) -> Iterator[tuple[int, ShardStats]]:
         stats = json.loads(row["stats"])
         stats["rejected_rows"] = tuple(tuple(entry) for entry in stats["rejected_rows"])
         yield row["id"], ShardStats(**stats)
+
+
+def _unforeseen(error: Exception) -> DataError:
+    return DataError(f"preparing the data failed: {one_line(error)}")
+
+
+def _print_errors(printed: bool) -> None:
+    """Whether errors that Ray Data logs are on the terminal too: ours is one line. Its log file has them."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.name == "console":  # as Ray 2.60 calls it
+            (handler.removeFilter if printed else handler.addFilter)(_below_error)
+
+
+def _below_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
 
 
 @lru_cache(maxsize=1)

@@ -13,6 +13,7 @@ from nemo_ray.visible import visible
 
 _TRAINED = "bold green"
 _SPECIAL = "dim"
+_LEFT_OUT = "italic"
 
 
 def show_probes(plan: DataPlan, probes: Sequence[Probe], console: Console) -> None:
@@ -53,13 +54,17 @@ def _show(example: Example, sequence_len: int, console: Console) -> None:
     if example.rejected:
         _say(f"rejected: {example.rejected}", console, "red")
         return
-    console.print(coloured(example.tokens, console.is_terminal), soft_wrap=True)
-    text = f"{example.part}{example.part and ': '}"
-    text += f"{example.num_tokens:,} tokens, {example.num_trained:,} trained "
-    text += f"({example.num_trained / max(example.num_tokens, 1):.0%})"
+    text = coloured(example.tokens, console.is_terminal)
+    if example.left_out:
+        text.append(f" ... {example.left_out:,} tokens left out ... ", style=_LEFT_OUT)
+    text.append_text(coloured(example.last, console.is_terminal))
+    console.print(text, soft_wrap=True)
+    words = f"{example.part}{example.part and ': '}"
+    words += f"{example.num_tokens:,} tokens, {example.num_trained:,} trained "
+    words += f"({example.num_trained / max(example.num_tokens, 1):.0%})"
     if example.too_long:
-        text += f", longer than sequence_len {sequence_len}: {example.too_long}"
-    _say(text, console, "dim")
+        words += f", longer than sequence_len {sequence_len}: {example.too_long}"
+    _say(words, console, "dim")
 
 
 def coloured(tokens: Sequence[Token], terminal: bool) -> Text:
@@ -67,8 +72,8 @@ def coloured(tokens: Sequence[Token], terminal: bool) -> Text:
     text = Text()
     for trained, run in groupby(tokens, key=lambda token: token.trained):
         text.append("«" if trained and not terminal else "")
-        for token in run:
-            styles = [_TRAINED] * trained + [_SPECIAL] * token.special
-            text.append(visible(token.text), style=" ".join(styles))
+        for special, alike in groupby(run, key=lambda token: token.special):
+            styles = [_TRAINED] * trained + [_SPECIAL] * special
+            text.append(visible("".join(token.text for token in alike)), style=" ".join(styles))
         text.append("»" if trained and not terminal else "")
     return text

@@ -269,6 +269,35 @@ def test_a_truncated_compressed_file_is_refused(base: Path, tmp_path: Path) -> N
     assert not list((tmp_path / "prepared" / "unpacked").iterdir())
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.ndjson", "rows.jsonl.gz"])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"messages": [{"role": "user", "content": "broken', "invalid JSON"),
+        (b"[1,2]", "the row is no object"),
+        (b'[{"role": "user", "conte', "invalid JSON"),
+        (b'{"messages": "\xff"}', "invalid UTF-8"),
+    ],
+)
+def test_a_bad_first_line_is_rejected_alone(
+    base: Path, tmp_path: Path, name: str, line: bytes, reason: str
+) -> None:
+    content = line + b"\n" + as_lines(chats(40, words=3))
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    data = section(tmp_path / name)
+    (stats,) = prepare_all(plan(data, base, tmp_path), data, base)
+    assert (stats.rows, stats.documents, stats.rejected) == (41, 40, {reason: 1})
+    assert [row for row, _, _ in stats.rejected_rows] == [0]
+
+
+def test_an_array_in_a_jsonl_file_is_its_rows(base: Path, tmp_path: Path) -> None:
+    rows = chats(40)
+    path = tmp_path / "rows.jsonl"
+    for indent in (None, 1):
+        path.write_text(json.dumps(rows, indent=indent) + "\n")
+        assert all_rows(section(path), base, tmp_path) == rows
+
+
 def test_what_datasets_saves_is_read_in_its_order(base: Path, tmp_path: Path) -> None:
     import datasets
 

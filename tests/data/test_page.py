@@ -15,16 +15,17 @@ from hypothesis import strategies as st
 from nemo_ray import session
 from nemo_ray.config.load import load_config
 from nemo_ray.config.schema import Config
-from nemo_ray.data import sources
+from nemo_ray.data import charts, examples, sources
 from nemo_ray.data.__main__ import main
 from nemo_ray.data.ahead import prepared_directory
 from nemo_ray.data.encode import Sample
-from nemo_ray.data.examples import probe_sources, token_texts
+from nemo_ray.data.examples import Example, Token, probe_sources, token_texts
 from nemo_ray.data.histograms import EDGES, count, shard_histograms
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.mix import SLICES, epoch_mix
 from nemo_ray.data.page import data_page
 from nemo_ray.data.page_facts import page_facts
+from nemo_ray.data.show import coloured
 from nemo_ray.data.sources import plan_data
 from nemo_ray.data.statistics import data_statistics
 from nemo_ray.data.tokenizer import TokenizerSpec, load_tokenizer
@@ -178,6 +179,79 @@ def test_long_examples_are_shortened(base: Path, tmp_path: Path) -> None:
     main([str(path), "--show", "8"])
     html = (tmp_path / "out" / "data.html").read_text()
     assert len(html) < 400_000 and "tokens left out" in Page(html).words
+
+
+def test_a_long_row_is_shown_by_its_beginning_and_its_end(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path, base)
+    text = "the first " + "🎉🙂 quick " * 20_000 + "the last"
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]
+    write_lines(tmp_path / "chats.jsonl", [{"messages": chat}] + chats(20))
+    config, plan = load(path)
+    whole = load_tokenizer(TokenizerSpec(str(base), "tokenizer_default", ())).tokenizer.encode(text).ids
+    decoded: list[int] = []
+    monkeypatch.setattr(examples, "_decode", counted(examples._decode, decoded))
+    (example,) = probe_sources(plan, config.data, str(base), 1)[0].examples
+    assert max(decoded) <= 16 and len(decoded) < 9_000
+    assert example.num_tokens > len(whole) > 100_000 and example.num_trained == len(whole) + 1
+    shown = [token for part in (example.tokens, example.last) for token in part]
+    assert example.left_out == example.num_tokens - sum(len(token.ids) for token in shown) > 100_000
+    assert all("\ufffd" not in token.text for token in shown)
+    beginning, end = ("".join(token.text for token in part) for part in (example.tokens, example.last))
+    assert beginning.startswith("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\nthe first 🎉🙂 quick")
+    assert end.endswith("🎉🙂 quick the last<|im_end|>\n")
+
+    assert main([str(path), "--show", "1"]) == 0
+    out = capsys.readouterr().out
+    left_out = f"... {example.left_out:,} tokens left out ..."
+    assert f"» {left_out} «" in out and "the last<|im_end|>»" in out
+    assert f"{example.num_tokens:,} tokens, {example.num_trained:,} trained" in out and len(out) < 40_000
+    html = (tmp_path / "out" / "data.html").read_text()
+    words = Page(html).words
+    assert f"... {charts.plural(example.left_out, 'token')} left out ..." in words
+    assert "the last<|im_end|>" in words and len(html) < 400_000
+    assert (
+        f"{charts.plural(example.num_tokens, 'token')}, {charts.number(example.num_trained)} trained" in words
+    )
+
+
+def counted(decode: Any, sizes: list[int]) -> Any:
+    """`decode`, which notes how many ids it is given."""
+
+    def noting(tokenizer: Any, ids: list[int]) -> Any:
+        sizes.append(len(ids))
+        return decode(tokenizer, ids)
+
+    return noting
+
+
+@pytest.mark.parametrize("room", [40, 41, 400, 1_900, 2_200, 2_999, 3_999, 10_000])
+@pytest.mark.parametrize("words", [10, 500, 1_900, 60_000])
+def test_a_shortened_example_counts_what_it_leaves_out(base: Path, room: int, words: int) -> None:
+    loaded = load_tokenizer(TokenizerSpec(str(base), "tokenizer_default", ()))
+    ids = np.array(loaded.tokenizer.encode(" 🎉 quick" * words).ids, dtype=np.int32)
+    head, last = examples._shown(Sample(ids, np.ones(len(ids), dtype=np.uint8)), loaded.tokenizer)
+    whole = Example("file", 0, "", head, last, len(ids), 0, "", "")
+    part = whole.shortened(room)
+    assert len(part.tokens) + len(part.last) <= room
+    first = [number for token in part.tokens for number in token.ids]
+    end = [number for token in part.last for number in token.ids]
+    assert first + ids.tolist()[len(first) : len(ids) - len(end)] + end == ids.tolist()
+    assert part.left_out == len(ids) - len(first) - len(end) >= 0
+    assert (part == whole) == (len(whole.tokens) + len(whole.last) <= room)
+
+
+def test_neighbours_of_one_colour_are_one_run() -> None:
+    tokens = [Token("a", (1,), False, False)] * 500 + [Token("\x1b", (2,), True, False)] * 500
+    tokens += [Token("<s>", (3,), True, True), Token("b", (1,), False, False)]
+    text = coloured(tokens, terminal=True)
+    assert text.plain == "a" * 500 + "␛" * 500 + "<s>b"
+    assert [(span.start, span.end, span.style) for span in text.spans] == [
+        (500, 1000, "bold green"),
+        (1000, 1003, "bold green dim"),
+    ]
+    assert coloured(tokens, terminal=False).plain == "a" * 500 + "«" + "␛" * 500 + "<s>»b"
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,6 +1,8 @@
 """The pipeline through Ray Data, and the command. One local Ray for all of it."""
 
+import io
 import json
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from nemo_ray.data.__main__ import main
 from nemo_ray.data.manifest import DataPlan
 from nemo_ray.data.order import window_order
 from nemo_ray.data.pack_counts import read_counts
+from nemo_ray.data.prepare import WindowTask
 from nemo_ray.data.reader import PackReader
 from nemo_ray.data.review import Prepared
 from nemo_ray.data.shards import read_stats
@@ -77,6 +80,17 @@ def local_ray() -> Iterator[None]:
     yield
     session.shutdown()
     environment.restore()
+
+
+@pytest.fixture
+def terminal(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What Ray Data prints."""
+    import ray.data  # noqa: F401
+
+    (handler,) = (one for one in logging.getLogger("ray.data").handlers if one.name == "console")
+    printed = io.StringIO()
+    monkeypatch.setattr(handler, "stream", printed)
+    return printed
 
 
 @pytest.mark.e2e
@@ -177,6 +191,53 @@ def test_a_failing_task_is_one_line_for_pipeline_and_readers(
     write_lines(path, chats(50))
     prepare(plan, data, str(base))
     assert not exists(plan.failure_path) and read_stats(plan.shard_path(plan.windows[0])).documents
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_an_unforeseen_error_of_a_task_is_named(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: io.StringIO,
+    local_ray: None,
+) -> None:
+    from nemo_ray.data import pipeline
+
+    def fail(task: WindowTask) -> dict[str, object]:
+        raise MemoryError from KeyError("x")
+
+    monkeypatch.setattr(pipeline, "prepare_task", fail)
+    data = section(write_lines(tmp_path / "rows.jsonl", chats(50)))
+    plan = plan_data(data, str(base), str(tmp_path / "prepared"))
+    with pytest.raises(DataError) as caught:
+        pipeline.prepare(plan, data, str(base))
+    assert str(caught.value) == "preparing the data failed: MemoryError"
+    (note,) = caught.value.__notes__
+    assert "KeyError: 'x'" in note and "in fail" in note
+    assert terminal.getvalue() == ""
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(120)
+def test_errors_that_ray_data_logs_are_in_its_file(
+    base: Path, tmp_path: Path, terminal: io.StringIO, local_ray: None
+) -> None:
+    from ray.data._internal.logging import get_log_directory
+
+    from nemo_ray.data.pipeline import prepare
+
+    log = logging.getLogger("ray.data.exceptions")
+    for number, printed in enumerate((False, True, False)):
+        logging.getLogger("ray").setLevel(logging.INFO if printed else logging.ERROR)  # as by --verbose
+        data = section(write_lines(tmp_path / "rows.jsonl", chats(20, seed=number)))
+        prepare(plan_data(data, str(base), str(tmp_path / "prepared")), data, str(base))
+        log.error("error %d", number)
+        log.warning("warning %d", number)
+        shown = terminal.getvalue()
+        assert (f"error {number}" in shown) == printed and f"warning {number}" in shown
+    written = Path(get_log_directory() or "", "ray-data.log").read_text()
+    assert all(f"error {number}" in written for number in range(3))
 
 
 @pytest.mark.e2e

@@ -91,10 +91,41 @@ def test_a_json_file_is_lines_or_an_array(tmp_path: Path) -> None:
         ('{"a": 1}', "jsonl"),
     ):
         path.write_text(content)
-        assert sniff_json(str(path)) == form
+        assert sniff_json(str(path), "json") == form
     path.write_text('{\n "a": 1\n}\n')
-    with pytest.raises(DataError, match="neither a JSON array of rows nor one JSON object a line"):
-        sniff_json(str(path))
+    with pytest.raises(
+        DataError, match="not begin with a JSON array of rows, and its first line is no whole"
+    ):
+        sniff_json(str(path), "json")
+    path.write_text('[1,2]\n{"a": 1}\n')
+    with pytest.raises(DataError, match=r"begins with \[ and is read as one JSON array, which is no valid"):
+        scan(str(path), "x", sniff_json(str(path), "json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "form"),
+    [
+        ('[{"a": 1}, {"a": 2}]', "json"),
+        ('[{"a": 1}, {"a": 2}]\n\n', "json"),
+        ('[\n{"a": 1},\n{"a": 2}\n]\n', "json"),
+        ('[{"a": 1},\n {"a":\n 2}]', "json"),
+        ('\ufeff\n[{"a": "' + "x" * 200_000 + '"}]', "json"),
+        ("[1,2]\n" + '{"a": 1}\n' * 3, "jsonl"),
+        ('[{"a": 1}]\n' * 3, "jsonl"),
+        ('[{"a": \n{"a": 2}\n', "jsonl"),
+        ("[" * 5000 + '\n{"a": 2}\n', "jsonl"),
+        ('{"a": \n{"a": 2}\n', "jsonl"),
+        ("", "jsonl"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_jsonl_file_is_an_array_only_as_a_whole(tmp_path: Path, content: str, form: FileFormat) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(content)
+    assert sniff_json(str(path), "jsonl") == form
+    assert scan(str(path), "x", form).num_rows == (
+        len(json.loads(content.strip("\ufeff \n"))) if form == "json" else content.count("\n")
+    )
 
 
 # -- windows --------------------------------------------------------------------------------------

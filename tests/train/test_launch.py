@@ -338,8 +338,18 @@ def test_an_echo_of_a_lost_peer_is_not_the_cause() -> None:
 
 
 def test_a_lost_process_is_worded_for_the_user() -> None:
-    lost = ActorDiedError("The actor died unexpectedly before finishing this task.\n\tclass_name: X")
-    assert failures.one_line(lost).startswith("a training worker was lost")
+    died = "The actor died unexpectedly before finishing this task."
+    for name, line in (
+        ("RayTrainWorker", f"a training worker was lost (killed, or out of memory): {died}"),
+        ("TrainController", f"Ray's training controller was lost (killed, or out of memory): {died}"),
+        ("Probe", f"Ray's actor Probe was lost (killed, or out of memory): {died}"),
+    ):
+        lost = ActorDiedError(f"{died}\n\tclass_name: {name}\n\tactor_id: 0\n\tpid: 7\nThe actor is dead")
+        assert failures.one_line(lost) == line
+        assert failures.one_line(ControllerError(lost)) == line
+    unknown = "Ray's training controller, or a worker, was lost (killed, or out of memory): "
+    assert failures.one_line(ActorDiedError(died)) == unknown + died
+    assert failures.one_line(ActorDiedError()) == unknown
     unloadable = ActorDiedError(
         "\x1b[36mdied in its creation task\x1b[39m\nModuleNotFoundError: No module 'x'"
     )
