@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from nemo_ray.config.schema import RaySection
 from nemo_ray.errors import ClusterError
@@ -27,6 +28,8 @@ HEAD = "node:__internal_head__"
 _LOCAL_OBJECT_STORE_BYTES = 256 * 2**20
 _CLUSTERS: list[bool] = []
 """Ray's own setting before `start_local` changed it."""
+_PRINT: list[Callable[..., None]] = []
+"""How Ray prints, before `start_local` or `connect` changed it."""
 _TOKEN: list[str] = []
 """That of this process's own Rays, from the first on."""
 # What Ray 2.60 does otherwise, in a process that reads it:
@@ -39,6 +42,9 @@ SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers leave the directory that a job's paths are relative to
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that calls Ray after its end starts another one
 }
+
+
+_LOST_WORKER = "A worker died or was killed while executing a task"
 
 
 class Environment:
@@ -95,6 +101,8 @@ def start_local(
     # The same for a process that had imported Ray already: it is read then. Put back by `shutdown`.
     _CLUSTERS.append(ray_constants.ENABLE_RAY_CLUSTER)
     ray_constants.ENABLE_RAY_CLUSTER = False
+    if not verbose:
+        _print_no_lost_workers()
     try:
         with _in_groups_of_their_own():
             ray.init(
@@ -107,6 +115,21 @@ def start_local(
             )
     except Exception as error:
         raise ClusterError(f"a local Ray could not be started: {one_line(error)}") from error
+
+
+def _print_no_lost_workers() -> None:
+    """Ray 2.60 prints a paragraph of a process that is lost, past log_to_driver; ours is one line. `shutdown`
+    lets it again."""
+    from ray._private import worker
+
+    print_all = worker.print_to_stdstream
+
+    def print_others(data: dict[str, Any], ignore_prefix: bool) -> None:
+        if not data["lines"][0].startswith(_LOST_WORKER):
+            print_all(data, ignore_prefix)
+
+    _PRINT.append(print_all)
+    worker.print_to_stdstream = print_others
 
 
 @contextlib.contextmanager
@@ -157,6 +180,8 @@ def connect(
         _check_reachable(address, where)
     import ray
 
+    if not verbose:
+        _print_no_lost_workers()
     failed: list[BaseException] = []
     given = _job_variables(os.environ)  # Ray refuses to be told of one twice
     added = {name: value for name, value in (variables or {}).items() if name not in given}
@@ -245,3 +270,8 @@ def shutdown() -> None:
 
             ray_constants.ENABLE_RAY_CLUSTER = _CLUSTERS[0]
             _CLUSTERS.clear()
+        if _PRINT:
+            from ray._private import worker
+
+            worker.print_to_stdstream = _PRINT[0]
+            _PRINT.clear()

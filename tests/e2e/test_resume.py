@@ -96,6 +96,7 @@ def test_a_killed_worker_is_replaced(world: World, reference: RunDir, at_step: i
         rf"rank [01] \(host \S+, pid {workers[-1]}, in phase \w+ after step \d+\) was killed", line
     )
     assert "Traceback" not in started.output and not started.errors
+    assert "(raylet)" not in started.output
     (failure,) = run.read_run()["failures"]
     assert failure["restart"] and failure["line"] in line and failure["time"].endswith("+00:00")
     assert started.leaves_nothing_behind(), started.tree()
