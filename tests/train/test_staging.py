@@ -21,7 +21,7 @@ from tests.group import group_of_one
 from tests.train.runs import CPU, Runs
 from tests.train.saved import all_tensors, assert_equal, one_process
 
-DELAY_S = 0.5  # several steps
+DELAY_S = 2.0  # several steps
 
 
 class Held(TorchDispatchMode):
@@ -144,11 +144,9 @@ def test_copies_that_do_not_come(run: RunDir, engine: None, monkeypatch: pytest.
     assert run.checkpoint_steps() == [1]
 
 
-def test_a_run_goes_on_from_each(tmp_path: Path, engine: None) -> None:
+def test_a_run_goes_on_from_one_that_was_copied_beside_it(tmp_path: Path, engine: None) -> None:
     runs = Runs(tmp_path)
-    settings = {"save_steps": 1, "test_datasets": [], "eval_steps": None}
+    settings = {"save_steps": 2, "test_datasets": [], "eval_steps": None}
     whole = runs.run("whole", **settings)
-    assert whole.checkpoint_steps() == [1, 2, 3, 4, 5, 6]
-    for step in (2, 4):
-        run = runs.run(f"from {step}", **settings, resume_from_checkpoint=str(whole.checkpoint_dir(step)))
-        assert_same_rows(train_rows(run), train_rows(whole)[step:], rtol=1e-6)
+    run = runs.run("rest", **settings, resume_from_checkpoint=str(whole.checkpoint_dir(4)))
+    assert_same_rows(train_rows(run), train_rows(whole)[4:], rtol=1e-6)
