@@ -3,9 +3,13 @@
 They cross Ray's process boundaries, so they carry nothing but their message and survive pickling.
 """
 
+import errno
 import sys
 
 from nemo_ray.visible import visible
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""What an OSError says of a disk, or a share of it, that is full."""
 
 
 class NemoRayError(Exception):

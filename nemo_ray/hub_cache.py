@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from nemo_ray.errors import NemoRayError
+from nemo_ray.errors import NO_ROOM, NemoRayError
 from nemo_ray.urls import redact
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ _SAY_EVERY_S = 10.0
 _TOLD_AFTER_S = 1.0
 _ROOM_FACTOR = 1.05
 _HTTP_MAX_BYTES = 50 * 10**9
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 _WRITE_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -294,7 +293,7 @@ def _line(error: Exception, repository: Repository, revision: str) -> str:
         return f"{key}: {endpoint} refuses {name} ({_status(cause)}); set HF_TOKEN to one that may read it"
     if isinstance(cause, errors.HfHubHTTPError):
         return f"{key}: {name}: {endpoint} answered {_status(cause)}; try again later"
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"{key}: the disk of {cache_folder()} is full; make room (downloads go on where they ended)"
     if isinstance(error, OSError) and error.errno in _WRITE_ERRORS:
         return f"{key}: {cache_folder()} is not writable ({error.strerror}); set HF_HOME to another folder"

@@ -1,21 +1,20 @@
 """A disk without room, told as that: neither a worker's fault nor gone after a restart."""
 
 import contextlib
-import errno
+import os
 import shutil
 from collections.abc import Iterator
 
-from nemo_ray.errors import DiskError, NemoRayError
+from nemo_ray.errors import NO_ROOM, DiskError, NemoRayError
 from nemo_ray.urls import is_url
 
 FULL_BYTES = 16 * 2**20
 """With less than this left a disk is called full: what failed to fit may have been removed again."""
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def free_bytes(folder: str) -> int | None:
-    """On the disk of `folder` where that is full, else None."""
-    if is_url(folder):
+    """On the disk of `folder` where that is full, else None; also where there is no such folder."""
+    if is_url(folder) or not os.path.isdir(folder):
         return None
     free = shutil.disk_usage(folder).free
     return free if free < FULL_BYTES else None
@@ -27,7 +26,7 @@ def told(output_dir: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, NemoRayError) or error.errno not in _NO_ROOM:
+        if isinstance(error, NemoRayError) or error.errno not in NO_ROOM:
             raise
         raise DiskError(_line(output_dir, error)) from error
 

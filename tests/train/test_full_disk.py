@@ -36,8 +36,9 @@ def test_another_disk(tmp_path: Path) -> None:
         told("s3://bucket/run"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere/a")
-    with pytest.raises(DiskError, match="^a file could not be written"), told(str(tmp_path)):
-        raise FULL
+    for output_dir in (tmp_path, tmp_path / "not yet"):
+        with pytest.raises(DiskError, match="^a file could not be written"), told(str(output_dir)):
+            raise FULL
 
 
 @pytest.mark.parametrize(
