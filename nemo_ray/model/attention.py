@@ -3,6 +3,9 @@
 Shapes: B packs, T tokens, Q query heads, V key/value heads, E head dim. Nemotron-H has no rotary embedding.
 """
 
+import inspect
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -20,11 +23,20 @@ def packed_attention(
 
     Returns: (B, T, Q, E).
     """
-    repeats = query.shape[2] // key.shape[2]
-    key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, batch, scale)
+    repeats = query.shape[2] // key.shape[2]
+    key, value = (t.repeat_interleave(repeats, dim=2) for t in (key, value))
     return _block_causal(query, key, value, batch.seq_idx, scale)
+
+
+@cache
+def _grouped_heads() -> dict[str, bool]:
+    """torch 2.11 takes fewer key/value heads as they are, 2.13 where it is told of them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    name = "enable_gqa"
+    return {name: True} if name in inspect.signature(varlen_attn).parameters else {}
 
 
 def _varlen(
@@ -43,6 +55,7 @@ def _varlen(
         max_k=batch.max_seqlen,
         scale=scale,
         window_size=(-1, 0),
+        **_grouped_heads(),
     )
     return out.view(query.shape)
 

@@ -1,9 +1,9 @@
 """The routed experts: grouped matmuls over tokens sorted by expert, and LoRA as two more on the factors.
 
 W + BA is never formed: an adapter costs its own rank, not a copy of the bank. No token is dropped, and
-nothing asks the device for a count. A forward pass leaves to the backward pass the tokens, the up
-projection's output and what A made of its inputs: all else is gathered or multiplied again, and the down
-projection never.
+nothing asks the device for a count. A forward pass leaves to the backward pass the tokens (or what they are
+made of again), the up projection's output and what A made of its inputs: all else is gathered or multiplied
+again, and the down projection never.
 
 Shapes: N tokens, K experts a token, S = N*K slots, E experts, H model (or latent) size, I expert size,
 O outputs, R rank.
@@ -19,6 +19,7 @@ from nemo_ray.model import kernels
 from nemo_ray.model.activation import relu_squared
 from nemo_ray.model.linear import Deferred, Weight, grouped_matmul, grouped_outer, stand_in, whole
 from nemo_ray.model.quant import QuantizedWeight
+from nemo_ray.model.remake import Remake, unchanged
 from nemo_ray.model.routing import Slots, combine, sort_slots, spread
 
 ROW_BYTES = 16  # torch's grouped matmul wants rows of a multiple of 16 bytes
@@ -128,24 +129,24 @@ class _UpGradient(torch.autograd.Function):
     """Tokens (N, H) to the up projection's output at their slots (S, I)."""
 
     @staticmethod
-    def forward(ctx, tokens, weight, lora_A, lora_B, experts: "RoutedExperts", slots: Slots):
+    def forward(ctx, tokens, weight, lora_A, lora_B, experts: "RoutedExperts", slots: Slots, again: Remake):
         bank = _Bank(experts, "up", tokens.dtype)
         x = at_slots(tokens, slots)
         inner = bank.inner(x, slots.ends) if bank.has_lora else None
-        ctx.save_for_backward(tokens, weight, inner)
-        ctx.experts, ctx.slots = experts, slots
+        ctx.save_for_backward(weight, inner, *again.sources)
+        ctx.experts, ctx.slots, ctx.make, ctx.shape = experts, slots, again.make, tokens.shape
         ctx.mark_non_differentiable(*(t for t in (x, inner) if t is not None))
         ctx.set_materialize_grads(False)  # or zeros would be made for these two
         return stand_in(x, x.shape[0], experts.up_proj.shape[1]), x, inner
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor, *_: None):
-        tokens, weight, inner = ctx.saved_tensors
+        weight, inner, *sources = ctx.saved_tensors
         slots, ends = ctx.slots, ctx.slots.ends
         bank = _Bank(ctx.experts, "up", grad.dtype)
         grad_weight = grad_A = grad_B = grad_inner = None
         if bank.has_lora or ctx.needs_input_grad[1]:
-            x = at_slots(tokens, slots)
+            x = at_slots(ctx.make(*sources).view(ctx.shape), slots)
             if bank.has_lora:
                 grad_inner = bank.inner_gradient(grad, ends)
                 grad_A = bank.a_gradient(grad_inner, x, ends)
@@ -158,8 +159,8 @@ class _UpGradient(torch.autograd.Function):
             grad_x = grouped_matmul(grad, whole(bank.weight, grad.dtype), ends)
             if bank.has_lora:
                 add_factors_(grad_x, grad_inner, bank.A.transpose(-2, -1), ends)
-            grad_tokens = combine(grad_x, slots.back.view(tokens.shape[0], -1), None)
-        return grad_tokens, grad_weight, grad_A, grad_B, None, None
+            grad_tokens = combine(grad_x, slots.back.view(ctx.shape[0], -1), None)
+        return grad_tokens, grad_weight, grad_A, grad_B, None, None, None
 
 
 class _DownGradient(torch.autograd.Function):
@@ -244,13 +245,19 @@ class RoutedExperts(nn.Module):
             setattr(self, f"{side}_lora_{name}", nn.Parameter(factor))
 
     def forward(
-        self, tokens: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        again: Remake | None = None,
     ) -> torch.Tensor:
-        """tokens (N, H), top_k_index and top_k_weights (N, K) -> (N, H)."""
+        """tokens (N, H), top_k_index and top_k_weights (N, K) -> (N, H). Keeps the tokens only where they are
+        not made `again`."""
         slots = sort_slots(top_k_index, self.num_experts)
         if self.training:
             self._count(slots)
-        product, x, inner = _UpGradient.apply(tokens, *self._trained("up"), self, slots)
+        again = again or unchanged(tokens)
+        product, x, inner = _UpGradient.apply(tokens, *self._trained("up"), self, slots, again)
         hidden = Deferred.apply(product, partial(self._project, "up", x, inner, slots))
         del x, inner  # what nothing needs again makes room at once: rows of slots are the largest tensors
         product, activated, inner = _DownGradient.apply(

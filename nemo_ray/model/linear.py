@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_ray.model.quant import QuantizedWeight
+from nemo_ray.model.remake import Remake
 
 Weight = nn.Parameter | QuantizedWeight
 
@@ -104,8 +105,8 @@ class BaseLinear(nn.Module):
         self.weight, self.bias = weight, bias
         self.out_features, self.in_features = weight.shape
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., I) -> (..., O)."""
+    def forward(self, x: torch.Tensor, again: Remake | None = None) -> torch.Tensor:
+        """(..., I) -> (..., O). Layers whose gradients need x may get it `again` instead of keeping it."""
         return linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:

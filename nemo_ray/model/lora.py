@@ -21,31 +21,42 @@ from nemo_ray.config.schema import AdapterSection
 from nemo_ray.model.experts import RoutedExperts
 from nemo_ray.model.init import draw_rows, generator_of
 from nemo_ray.model.linear import BaseLinear, Deferred, linear, stand_in, whole
+from nemo_ray.model.remake import Remake, unchanged
 from nemo_ray.model.sharding import local_rows
 from nemo_ray.targets import find_targets, saved_modules, strength_of
 
 
 class _LoraGradient(torch.autograd.Function):
-    """What a LoraLinear computes, as far as autograd sees it: keeps x, the cast factors, what A made of x."""
+    """What a LoraLinear computes, as far as autograd sees it: keeps the cast factors, what A made of x, and
+    what x is made of `again`."""
 
     @staticmethod
-    def forward(ctx, x, lora_A, lora_B, A, B, inner, layer: "LoraLinear"):
-        ctx.save_for_backward(x, A, B, inner)
-        ctx.layer = layer
+    def forward(ctx, x, lora_A, lora_B, A, B, inner, layer: "LoraLinear", again: Remake):
+        ctx.save_for_backward(A, B, inner, *again.sources)
+        ctx.layer, ctx.make = layer, again.make
         return stand_in(x, *x.shape[:-1], layer.out_features)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        x, A, B, inner = ctx.saved_tensors
-        layer = ctx.layer
+        A, B, inner, *sources = ctx.saved_tensors
+        layer, x = ctx.layer, ctx.make(*sources)
         grad_rows, rows = grad.flatten(0, -2), x.flatten(0, -2)
         grad_inner = grad_rows @ B
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_inner @ A).addmm_(grad_rows, whole(layer.weight, grad.dtype)).view_as(x)
-        grad_A = (grad_inner.T @ rows).to(layer.lora_A.dtype) * layer.scaling  # A came with it
-        grad_B = (grad_rows.T @ inner).to(layer.lora_B.dtype)
-        return grad_x, grad_A, grad_B, None, None, None, None
+        grad_A = _factor_gradient(grad_inner, rows, layer.lora_A, layer.scaling)  # A came with it
+        grad_B = _factor_gradient(grad_rows, inner, layer.lora_B)
+        return grad_x, grad_A, grad_B, None, None, None, None, None
+
+
+def _factor_gradient(
+    x: torch.Tensor, y: torch.Tensor, factor: torch.Tensor, scaling: float = 1.0
+) -> torch.Tensor:
+    """scaling * x.T y in the dtype of `factor`, whose shape it has; on a GPU one kernel, never rounded."""
+    if x.is_cuda and x.dtype != factor.dtype:
+        return torch.addmm(factor, x.T, y, out_dtype=factor.dtype, beta=0, alpha=scaling)
+    return (x.T @ y).to(factor.dtype) * scaling
 
 
 class LoraLinear(BaseLinear):
@@ -58,15 +69,16 @@ class LoraLinear(BaseLinear):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, rank, device=device, dtype=torch.float32))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., I) -> (..., O)."""
+    def forward(self, x: torch.Tensor, again: Remake | None = None) -> torch.Tensor:
+        """(..., I) -> (..., O); keeps x only where it is not made `again`."""
         if self.dropout and self.training:
             inner = linear(F.dropout(x, self.dropout), self.lora_A) * self.scaling
             return super().forward(x).add_(linear(inner, self.lora_B))
         with torch.no_grad():
             A, B = (self.lora_A * self.scaling).to(x.dtype), self.lora_B.to(x.dtype)
             inner = x.flatten(0, -2) @ A.T
-        product = _LoraGradient.apply(x, self.lora_A, self.lora_B, A, B, inner, self)
+        again = again or unchanged(x)
+        product = _LoraGradient.apply(x, self.lora_A, self.lora_B, A, B, inner, self, again)
         return Deferred.apply(product, lambda: self._product(x, inner, B))
 
     def _product(self, x: torch.Tensor, inner: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,14 @@ On a GPU a frozen norm is one kernel each way (kernels/rms_norm.py), which keeps
 number a token, and adds the two gradients that meet here. The torch function is the reference.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from nemo_ray.model import kernels
+from nemo_ray.model.remake import Remake
 
 
 def rms_norm(hidden: torch.Tensor, norm: nn.Module) -> torch.Tensor:
@@ -47,3 +50,17 @@ def residual_norm(hidden: torch.Tensor, norm: nn.Module) -> tuple[torch.Tensor, 
         residual, normed = _ResidualNorm.apply(hidden, weight, norm.variance_epsilon)
         return residual, normed
     return hidden, rms_norm(hidden, norm)
+
+
+def norm_again(hidden: torch.Tensor, norm: nn.Module) -> Remake | None:
+    """How what `residual_norm` made of `hidden` comes once more; None for a norm that trains: those beside
+    it then do so too, and keep their inputs."""
+    return None if norm.weight.requires_grad else Remake((hidden.detach(),), partial(_normed, norm))
+
+
+def _normed(norm: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    if kernels.serve(hidden):
+        from nemo_ray.model.kernels import rms_norm as fast
+
+        return fast.rms_norm(hidden, norm.weight, norm.variance_epsilon)[0]
+    return rms_norm(hidden, norm)

@@ -25,7 +25,8 @@ from nemo_ray.model.attention import packed_attention
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.experts import RoutedExperts
 from nemo_ray.model.linear import BaseLinear, linear
-from nemo_ray.model.norm import residual_norm
+from nemo_ray.model.norm import norm_again, residual_norm
+from nemo_ray.model.remake import Remake
 from nemo_ray.model.routing import route, router_logits
 from nemo_ray.model.ssd import select_split_conv1d_scan
 
@@ -86,7 +87,7 @@ def patch_model(
             _check_children(mixer.gate)
             _patch_moe(mixer)
         elif isinstance(mixer, upstream.NemotronHMLP):
-            mixer.act_fn = ReluSquared()
+            _patch_mlp(mixer)
         else:
             raise _misfit(f"the patches do not know {type(mixer).__name__}, the mixer of a block")
         block.recompute = False
@@ -134,31 +135,36 @@ def _patch_block(block: nn.Module) -> None:
         if packed is None:
             return original(self, hidden_states, **kwargs)
         residual, inside = residual_norm(hidden_states, self.norm)
+        again = norm_again(hidden_states, self.norm)
         if self.block_type == "linear_attention":
-            inside = self.mixer(inside, packed=packed)
-        elif self.block_type == "full_attention":
+            inside = self.mixer(inside, packed=packed, again=again)
+        elif self.block_type == "full_attention":  # three layers would make it three times
             inside, _ = self.mixer(inside, packed=packed)
         elif self.block_type == "moe":
-            inside = self.mixer(inside, packed=packed)
+            inside = self.mixer(inside, packed=packed, again=again)
         else:  # mlp
-            inside = self.mixer(inside)
+            inside = self.mixer(inside, again=again)
         return residual + inside
 
     block.forward = types.MethodType(forward, block)
 
 
-def _patch_mamba(mixer: nn.Module, scan: Callable[..., torch.Tensor]) -> None:
+def _patch_mamba(mixer: nn.Module, scan: Callable[..., tuple[torch.Tensor, Remake | None]]) -> None:
     mixer.time_step_limit = tuple(mixer.config.time_step_limit)
     original = type(mixer).forward
 
     def forward(
-        self: nn.Module, hidden_states: torch.Tensor, packed: PackedBatch | None = None, **kwargs: object
+        self: nn.Module,
+        hidden_states: torch.Tensor,
+        packed: PackedBatch | None = None,
+        again: Remake | None = None,
+        **kwargs: object,
     ) -> torch.Tensor:
         if packed is None:
             return original(self, hidden_states, **kwargs)
         dtype, bias = hidden_states.dtype, self.conv1d.bias
-        y = scan(
-            self.in_proj(hidden_states),
+        y, y_again = scan(
+            self.in_proj(hidden_states, again),
             self.conv1d.weight.squeeze(1).to(dtype),
             bias if bias is None else bias.to(dtype),
             self.dt_bias,
@@ -174,7 +180,7 @@ def _patch_mamba(mixer: nn.Module, scan: Callable[..., torch.Tensor]) -> None:
             ngroups=self.n_groups,
             norm_before_gate=False,
         )
-        return self.out_proj(y)
+        return self.out_proj(y, y_again)
 
     mixer.forward = types.MethodType(forward, mixer)
 
@@ -202,16 +208,19 @@ def _patch_attention(mixer: nn.Module) -> None:
 
 def _patch_moe(mixer: nn.Module) -> None:
     mixer.experts = RoutedExperts(mixer.experts.up_proj, mixer.experts.down_proj)
-    mixer.shared_experts.act_fn = ReluSquared()
+    _patch_mlp(mixer.shared_experts)
     original = type(mixer).forward
 
     def forward(
-        self: nn.Module, hidden_states: torch.Tensor, packed: PackedBatch | None = None
+        self: nn.Module,
+        hidden_states: torch.Tensor,
+        packed: PackedBatch | None = None,
+        again: Remake | None = None,
     ) -> torch.Tensor:
         if packed is None:
             return original(self, hidden_states)
         # First, so that recomputation, which ends with the last thing that was kept, ends within the experts.
-        shared = self.shared_experts(hidden_states)
+        shared = self.shared_experts(hidden_states, again)
         gate, tokens = self.gate, hidden_states.flatten(0, 1)
         weights, experts = route(
             router_logits(tokens, gate.weight),
@@ -222,10 +231,21 @@ def _patch_moe(mixer: nn.Module) -> None:
             gate.norm_topk_prob,
             gate.routed_scaling_factor,
         )
-        routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), experts, weights))
+        if not isinstance(self.fc1_latent_proj, nn.Identity):
+            tokens, again = self.fc1_latent_proj(tokens, again), None
+        routed = self.fc2_latent_proj(self.experts(tokens, experts, weights, again))
         return shared + routed.view_as(hidden_states)
 
     mixer.forward = types.MethodType(forward, mixer)
+
+
+def _patch_mlp(mlp: nn.Module) -> None:
+    mlp.act_fn = ReluSquared()
+
+    def forward(self: nn.Module, x: torch.Tensor, again: Remake | None = None) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x, again)))
+
+    mlp.forward = types.MethodType(forward, mlp)
 
 
 def packed_hidden(model: nn.Module, batch: PackedBatch) -> torch.Tensor:

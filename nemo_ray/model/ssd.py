@@ -11,9 +11,12 @@ Source: Dao and Gu, "Transformers are SSMs" (2024), section 6: the block decompo
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from nemo_ray.model.remake import Remake
 
 DtLimit = tuple[float, float]
 REFERENCE_SLOWDOWN = 1.7  # of a step, measured with Nano's shape in 4 bits and 4,096 tokens on an H100
@@ -217,13 +220,19 @@ def split_conv1d_scan(
     return gated_group_norm(y.flatten(2), gate, rmsnorm_weight, rmsnorm_eps, ngroups)
 
 
-def select_split_conv1d_scan(device: torch.device) -> Callable[..., torch.Tensor]:
-    """The fused kernel on CUDA where mamba-ssm and causal-conv1d are installed, else the torch reference."""
+def select_split_conv1d_scan(device: torch.device) -> Callable[..., tuple[torch.Tensor, Remake | None]]:
+    """mamba-ssm's fused function on CUDA where it and causal-conv1d are installed, else the torch reference;
+    with how the result comes once more, which only the kernels keep enough for."""
     if device.type != "cuda" or missing_kernels(device) is not None:
-        return split_conv1d_scan
-    from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+        return reference_scan
+    from nemo_ray.model.kernels.mamba import split_conv1d_scan as fused_scan
 
-    return mamba_split_conv1d_scan_combined
+    return fused_scan
+
+
+def reference_scan(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """`split_conv1d_scan`, whose result is kept by who needs it."""
+    return split_conv1d_scan(*args, **kwargs), None
 
 
 def missing_kernels(device: torch.device) -> str | None:

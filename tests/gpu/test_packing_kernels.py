@@ -7,8 +7,9 @@ from nemo_ray.config.schema import AdapterSection
 from nemo_ray.model.batch import PackedBatch
 from nemo_ray.model.load import Precision, build, fill
 from nemo_ray.model.selftest import self_test
-from nemo_ray.model.ssd import select_split_conv1d_scan, split_conv1d_scan
+from nemo_ray.model.ssd import reference_scan, select_split_conv1d_scan
 from tests.model.shapes import ALL_TARGETS, randomize_lora, tiny_config
+from tests.model.test_remake import kept_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +38,7 @@ def run(model, packs):
 
 
 def test_the_kernels_are_the_ones_that_run():
-    assert select_split_conv1d_scan(GPU) is not split_conv1d_scan
+    assert select_split_conv1d_scan(GPU) is not reference_scan
 
 
 @pytest.mark.usefixtures("exact_float32")
@@ -82,7 +83,7 @@ def test_kernels_equal_the_reference_with_gradients():
     seq_idx[1, 5:] += 1
     seq_idx[1, 131:] += 1
     results = []
-    for scan in (select_split_conv1d_scan(GPU), split_conv1d_scan):
+    for scan in (select_split_conv1d_scan(GPU), reference_scan):
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape, generator=generator):
@@ -97,10 +98,12 @@ def test_kernels_equal_the_reference_with_gradients():
             "D": draw(heads),
             "rmsnorm_weight": draw(inner),
         }
-        out = scan(
+        out, again = scan(
             **(args | {"A": -args["A"].exp()}), chunk_size=64, seq_idx=seq_idx, dt_limit=(0.0, float("inf")),
             activation="silu", rmsnorm_eps=1e-5, headdim=head_dim, ngroups=groups, norm_before_gate=False,
         )  # fmt: skip
+        if again is not None:
+            assert torch.equal(again.make(*again.sources), out)
         out.sin().sum().backward()
         results.append([out, *(value.grad for value in args.values())])
     for kernel, reference in zip(*results, strict=True):
@@ -111,3 +114,9 @@ def test_kernels_equal_the_reference_with_gradients():
 def test_the_self_test_passes(dtype):
     model, targets = gpu_model(dtype)
     self_test(model, targets, GPU, dtype)
+
+
+def test_kernels_keep_enough_to_make_layers_inputs_again():
+    model, _ = gpu_model(torch.bfloat16)
+    kept = kept_inputs(model.train(), GPU, torch.bfloat16)
+    assert kept["linear_attention"] == set() and kept["moe"] == set()

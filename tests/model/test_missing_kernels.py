@@ -20,7 +20,7 @@ def test_the_reference_runs_and_a_line_says_why(package, monkeypatch):
     line = ssd.missing_kernels(CUDA)
     assert line is not None and line.startswith(f"{package} is not installed") and "the extra `cuda`" in line
     assert "1.7 times as long" in line
-    assert ssd.select_split_conv1d_scan(CUDA) is ssd.split_conv1d_scan
+    assert ssd.select_split_conv1d_scan(CUDA) is ssd.reference_scan
     assert ssd.select_chunk_scan(CUDA) is ssd.ssd_scan
 
 

@@ -80,7 +80,7 @@ def test_modes_that_disagree_are_refused():
     model = tiny_model()
     mixer = model.model.layers[3].mixer
     inner = mixer.forward
-    mixer.forward = lambda x: inner(x) * (1.5 if model.training else 1.0)
+    mixer.forward = lambda x, again=None: inner(x) * (1.5 if model.training else 1.0)
     with pytest.raises(PatchError, match="train and eval mode disagree"):
         check(model)
 
@@ -88,7 +88,7 @@ def test_modes_that_disagree_are_refused():
 def test_an_adapter_without_gradient_is_refused():
     model = tiny_model(adapter=ALL_TARGETS)
     layer = model.model.layers[0].mixer.out_proj
-    layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight)
+    layer.forward = lambda x, again=None: torch.nn.functional.linear(x, layer.weight)
     with pytest.raises(PatchError, match=r"layers\.0\.mixer\.out_proj\.lora_A gets no gradient"):
         check(model, all_targets(model))
 
