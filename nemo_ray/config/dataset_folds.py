@@ -47,7 +47,7 @@ def fold_pretraining(raw: Raw) -> list[str]:
     given, errors = raw.pop("pretraining_dataset"), []
     for number, entry in enumerate(given if isinstance(given, list) else [given]):
         place = f"pretraining_dataset.{number}"
-        if isinstance(entry, str):
+        if isinstance(entry, str) and entry:
             entry = {"path": entry}
         if not isinstance(entry, dict):
             errors.append(f"{place}: {entry!r} is not valid; give a dataset: a map with a path")

@@ -40,7 +40,7 @@ class Findings:
 def show(value: Any) -> str:
     """A value as the YAML may have it, short enough for one line."""
     text = json.dumps(value, ensure_ascii=False, default=str) if not isinstance(value, str) else value
-    text = redact(" ".join(text.split()))
+    text = redact(" ".join(text.split())) or "''"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -99,6 +99,10 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def _content(path: str) -> bytes:
     if path == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise ConfigError(
+                "CONFIG.yaml: - is standard input, which is closed; pipe the configuration into it"
+            )
         return sys.stdin.buffer.read()
     file = Path(path).expanduser()
     if file.is_dir():

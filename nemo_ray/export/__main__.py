@@ -85,6 +85,10 @@ def find_source(given: str, base_model: str | None) -> Source:
     elif run.adapter_dir.is_dir():
         folder = run.adapter_dir
     elif run.model_dir.is_dir():
+        if base_model is not None:
+            raise ConfigError(
+                f"--base-model: {given} trained the whole model, which has no base; leave it out"
+            )
         return Source(str(run.model_dir), None)
     else:
         reason = "its run has not ended yet" if run.holds_run() else "it is neither a run nor an adapter"

@@ -110,6 +110,8 @@ def read_text(prompt: str | None) -> str:
     """The prompt, or standard input, less one newline at its end, where it is "-" or missing."""
     try:
         if prompt is None or prompt == "-":
+            if sys.stdin is None:
+                raise ConfigError("PROMPT: not given, and standard input is closed")
             if sys.stdin.isatty():
                 print("the prompt, ended by Ctrl-D:", file=sys.stderr)
             prompt = sys.stdin.buffer.read().decode().removesuffix("\n")

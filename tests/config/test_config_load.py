@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nemo_ray.config.axolotl import RENAMED
@@ -184,6 +184,7 @@ def test_any_file_loads_or_is_a_config_error(tmp_path: Path, text: str) -> None:
         max_leaves=5,
     ),
 )
+@example(key="pretraining_dataset", value="")
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_value_loads_or_names_its_key(world: Keys, key: str, value: object) -> None:
     base = lora(world) | {"val_set_size": 0.1}
@@ -191,6 +192,7 @@ def test_any_value_loads_or_names_its_key(world: Keys, key: str, value: object) 
         assert (
             key in line
             or RENAMED.get(key, key) in line
+            or (key == "pretraining_dataset" and line.startswith("datasets.1."))  # which it becomes
             or "must" in line
             or "missing" in line
             or "quote it" in line
@@ -258,6 +260,9 @@ def test_a_dash_is_standard_input(world: Keys, monkeypatch: pytest.MonkeyPatch) 
         given(content)
         with pytest.raises(ConfigError, match=said):
             load_config("-")
+    monkeypatch.setattr("sys.stdin", None)  # as after `<&-`
+    with pytest.raises(ConfigError, match="standard input, which is closed"):
+        load_config("-")
 
 
 def test_config_file_not_text(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def test_a_store_that_takes_nothing(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setattr("nemo_ray.object_store.ATTEMPTS", 1)
+    monkeypatch.setattr("nemo_ray.object_store._answered", set())  # else it is waited for two minutes
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "x")
     config = write(tmp_path, base, output_dir="s3://bucket/run", dataset_prepared_path=str(tmp_path / "p"))

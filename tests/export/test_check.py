@@ -170,6 +170,9 @@ def test_a_whole_model_is_checked_and_not_merged(base, tmp_path, capsys):
     assert main([str(tmp_path / "run"), "--merge", "--output", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert "is a whole model already" in told and told.count("\n") == 1
+    assert main([str(tmp_path / "run"), "--check", "--base-model", str(base)]) == 2
+    told = capsys.readouterr().err
+    assert "trained the whole model, which has no base" in told and told.count("\n") == 1
 
 
 @pytest.mark.parametrize(

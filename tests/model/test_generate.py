@@ -248,6 +248,12 @@ def test_no_text_is_refused(given, data, monkeypatch):
         read_text(given)
 
 
+def test_a_closed_standard_input_is_no_prompt(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match="PROMPT: not given, and standard input is closed"):
+        read_text(None)
+
+
 def test_end_tokens_are_the_generation_config_s_and_the_tokenizer_s(tokenizer, tmp_path):
     assert end_ids([tmp_path, BASE], tokenizer) == {tokenizer.eos_token_id}
     for listed, expected in ((7, {7}), ([5, 6], {5, 6}), (None, set())):
