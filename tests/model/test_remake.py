@@ -31,10 +31,10 @@ def kept_inputs(model: torch.nn.Module, device: torch.device, dtype: torch.dtype
         hidden = torch.randn(1, 32, model.config.hidden_size, device=device).to(dtype).requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda t, to=saved: to.append(t) or t, lambda t: t):
             block(hidden, packed=batch)
+        assert inputs.keys() == set(LAYERS.get(block.block_type, ())), "each of them was called"
         addresses = {tensor.untyped_storage().data_ptr() for tensor in saved}
-        kept[block.block_type] = {
-            name for name, x in inputs.items() if x.untyped_storage().data_ptr() in addresses
-        }
+        found = {name for name, x in inputs.items() if x.untyped_storage().data_ptr() in addresses}
+        kept[block.block_type] = kept.get(block.block_type, set()) | found
     return kept
 
 
